@@ -1,0 +1,155 @@
+"""Release and Retriever: a model and the index that belongs to it, together; what search and serving use."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ullme.artifacts import ArtifactRef, Store
+from ullme.errors import ArtifactError, ContractError
+
+if TYPE_CHECKING:
+    from indexes.index import Index
+    from ullme.data import Dataset
+    from ullme.encoder import Encoder
+
+__all__ = ["Hit", "Release", "Retriever"]
+
+EXCERPT_CHARACTERS = 240
+
+
+class Release(BaseModel):
+    """What is released together, by reference: no bytes are copied.
+
+    reports: the measurements by system (`tuned`, `base`, `bm25`).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: ArtifactRef
+    index: ArtifactRef
+    data: ArtifactRef
+    reports: Mapping[str, ArtifactRef] = {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What tells one release from another."""
+        return {"model_digest": self.model.digest, "index_digest": self.index.digest, "data_digest": self.data.digest}
+
+    def bare(self) -> Release:
+        """The same without the counts for people."""
+
+        def plain(ref: ArtifactRef) -> ArtifactRef:
+            return ref.model_copy(update={"meta": {}})
+
+        reports = {name: plain(ref) for name, ref in self.reports.items()}
+        return Release(model=plain(self.model), index=plain(self.index), data=plain(self.data), reports=reports)
+
+    @classmethod
+    def read(cls, file: Path | str) -> Release:
+        """The release that a JSON file describes.
+
+        Raises:
+            ArtifactError: not there, or not a release.
+        """
+        try:
+            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise ArtifactError(f"{file}: expected the JSON of a release ({str(error).splitlines()[0]})") from error
+
+
+class Hit(BaseModel):
+    """One answer. rank starts at 1; score is the cosine of query and document; excerpt is its beginning, for reading."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rank: int
+    score: float
+    id: str
+    title: str
+    text: str
+    excerpt: str
+
+
+class Retriever:
+    """Texts in, documents out. Opens nothing that is damaged, nor a model and an index that do not belong together."""
+
+    def __init__(self, encoder: Encoder, index: Index, dataset: Dataset) -> None:
+        """Use `Retriever.open`."""
+        self.encoder, self.index, self._dataset = encoder, index, dataset
+        self._documents = {document.id: document for document in dataset.documents()}
+        missing = next((name for name in index.ids if name not in self._documents), None)
+        if missing is not None:
+            raise ContractError(
+                f"the index holds '{missing}', which is not a document of {dataset.path}: it was built from other data; encode and build again"
+            )
+
+    @classmethod
+    def open(cls, release: Release, *, device: str = "auto") -> Retriever:
+        """Open what was released, after verifying every file of it.
+
+        Raises:
+            ArtifactError: something is missing, damaged, or not what was released.
+            ContractError: the index was not built with this model, or not from this data.
+        """
+        from indexes.index import Index
+        from ullme.data import Dataset
+        from ullme.encoder import Encoder
+
+        paths = {}
+        for kind in ("index", "data", "model"):
+            ref: ArtifactRef = getattr(release, kind)
+            paths[kind] = Store(ref.path.parent.parent).open(ref, kind)
+        index = Index.open(paths["index"], fingerprint=release.model.digest)
+        encoder = Encoder.load(paths["model"], device=device)
+        if encoder.dim != index.dim:
+            raise ContractError(f"the model gives vectors of dim {encoder.dim}, the index holds dim {index.dim}: they do not belong together")
+        return cls(encoder, index, Dataset.open(paths["data"]))
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Float32[Q D] of query texts, unit norm."""
+        return self.encoder.encode(texts, prompt="query")
+
+    def search(self, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
+        """The k best documents of each text, best first; fewer where the corpus has fewer.
+
+        Raises:
+            ContractError: k < 1.
+        """
+        if not texts:
+            return []
+        found = self.index.search(self.embed(texts), k)
+        return [self._hits(rows, scores) for rows, scores in zip(found.rows, found.scores, strict=True)]
+
+    def _hits(self, rows: Any, scores: Any) -> list[Hit]:
+        hits = []
+        for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
+            if row < 0:
+                break
+            document = self._documents[self.index.ids[row]]
+            hits.append(
+                Hit(
+                    rank=rank,
+                    score=score,
+                    id=document.id,
+                    title=document.title,
+                    text=document.text,
+                    excerpt=excerpt(document.text),
+                )
+            )
+        return hits
+
+
+def excerpt(text: str) -> str:
+    """The first lines of a text that have something on them, at most 240 characters, its indentation kept but not its margin."""
+    lines = [line.rstrip() for line in textwrap.dedent(text).splitlines() if line.strip()]
+    short = "\n".join(lines)
+    if len(short) <= EXCERPT_CHARACTERS:
+        return short
+    cut = short[:EXCERPT_CHARACTERS]
+    return cut[: max(cut.rfind("\n"), cut.rfind(" "), EXCERPT_CHARACTERS // 2)].rstrip() + " ..."

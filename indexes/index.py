@@ -1,0 +1,402 @@
+"""Build an index of unit vectors, and search it. Every faiss call of the project is in this module.
+
+    index.faiss    vectors and search structure as faiss writes them, search parameters included
+    ids.arrow      one column `id`: the document of each row (faiss knows only row numbers)
+    index.json     metric, dim, count, fingerprint of the model, kind and its fields, sha256 of the two files above
+
+The same vectors in the same order and the same seed give the same bytes, however they are cut into shards and however
+many threads run: rows are added in blocks of fixed size, and the HNSW builder of faiss >= 1.15 is deterministic.
+Indexes are always built and written on the CPU; `Index.open(..., device="gpu")` searches a copy on the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from indexes._corpus import BLOCK_ROWS, Corpus, Shards, read_ids, settle, write_ids
+from ullme.artifacts import sha256_file, write_atomic
+from ullme.components import Component, resolve
+from ullme.errors import ArtifactError, ConfigError, ContractError
+from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours
+
+__all__ = ["CODE_BYTES", "CODE_NAMES", "Codes", "Index", "IndexKind", "Shards", "build", "range_training_points"]
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+METRIC = "inner_product"
+INDEX_FILE, IDS_FILE, CARD_FILE = "index.faiss", "ids.arrow", "index.json"
+GPU_K_LIMIT = 2_048
+SELF_CHECK_QUERIES, SELF_CHECK_K = 200, 10
+
+Codes = Literal["fp32", "fp16", "int8"]
+"""How the components of a vector are stored; int8 learns a range per component from a sample."""
+CODE_NAMES: dict[Codes, str] = {"fp32": "Flat", "fp16": "SQfp16", "int8": "SQ8"}
+CODE_BYTES: dict[Codes, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+def range_training_points(codes: Codes, count: int) -> int:
+    """Vectors that int8 codes learn the range of each component from; the other codes learn nothing."""
+    return min(count, BLOCK_ROWS) if codes == "int8" else 0
+
+
+class IndexKind(Component):
+    """A kind of index: its fields, and how they read as a faiss factory string and named parameters.
+
+    A kind is one file beside this one with one subclass; nothing here has to change for it. Parameters are set by the
+    names that `faiss.ParameterSpace` knows (`efConstruction`, `efSearch`, `nprobe`, `k_factor_rf`, ...).
+    """
+
+    @abstractmethod
+    def factory(self, count: int, dim: int) -> str:
+        """The faiss factory string for `count` vectors of `dim` components; valid for every count >= 1."""
+
+    @abstractmethod
+    def bytes_per_vector(self, dim: int) -> float:
+        """Expected size of one vector in the file and in memory, in bytes, without what does not grow with the corpus."""
+
+    def training_points(self, count: int) -> int:
+        """How many of `count` vectors to learn from, drawn uniformly; 0 = this kind learns nothing."""
+        del count
+        return 0
+
+    def build_parameters(self) -> Mapping[str, float]:
+        """Parameters by name that are set before vectors are added."""
+        return {}
+
+    def search_parameters(self) -> Mapping[str, float]:
+        """Parameters by name that travel with the saved index."""
+        return {}
+
+    @property
+    def gpu_search(self) -> bool:
+        """Whether faiss can search a copy of this index on a GPU."""
+        return False
+
+
+class Index:
+    """A built index, opened for search: a `Searcher` over the documents `ids`."""
+
+    def __init__(self, card: Mapping[str, Any], ids: Sequence[str], kind: IndexKind, indexes: tuple[Any, Any]) -> None:
+        """Use `Index.open`. indexes: the faiss index on the CPU, and its copy on the GPU or None."""
+        self._card, self._ids, self._kind = card, ids, kind
+        self._cpu, self._gpu = indexes
+
+    @classmethod
+    def open(cls, path: Path | str, *, fingerprint: str | None = None, device: Literal["auto", "cpu", "gpu"] = "cpu") -> Index:
+        """Open the directory that `build` wrote, after checking sha256 of its files.
+
+        On the CPU the file is mapped into memory, so several processes share it and opening takes no copy.
+
+        Args:
+            path: the directory.
+            fingerprint: of the model that will encode the queries; None = do not compare.
+            device: "gpu" searches a copy on every GPU; "auto" does so when faiss and the kind can.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, or not of this index.
+            ContractError: the index was built with another model.
+            ConfigError: faiss is missing, installed twice, or cannot use the device that was asked for.
+        """
+        path = Path(path)
+        card, kind = _read_card(path)
+        if fingerprint is not None and fingerprint != card["fingerprint"]:
+            raise ContractError(
+                f"{path}: index was built with model {card['fingerprint'][:12]}, queries come from model {fingerprint[:12]}: "
+                "encode and build again, or open the model that belongs to it"
+            )
+        for name in (INDEX_FILE, IDS_FILE):
+            file = path / name
+            if not file.is_file():
+                raise ArtifactError(f"{path}: {name} is missing; build the index again")
+            if sha256_file(file) != card["files"][name]:
+                raise ArtifactError(
+                    f"{path}: {name} is damaged or belongs to another index (its sha256 differs from {CARD_FILE}); build it again"
+                )
+        faiss = _faiss()
+        ids = read_ids(path / IDS_FILE)
+        index = _read_index(faiss, path / INDEX_FILE)
+        if (index.ntotal, index.d, len(ids)) != (card["count"], card["dim"], card["count"]):
+            raise ArtifactError(
+                f"{path}: {CARD_FILE} says {card['count']} vectors of dim {card['dim']}, {INDEX_FILE} holds {index.ntotal} of dim "
+                f"{index.d} and {IDS_FILE} {len(ids)} ids; build the index again"
+            )
+        return cls(card, ids, kind, (index, _gpu_copy(faiss, index, kind, device)))
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids; `Neighbours.rows` are positions in it."""
+        return self._ids
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self._card["dim"]
+
+    @property
+    def count(self) -> int:
+        """Indexed documents."""
+        return self._card["count"]
+
+    @property
+    def metric(self) -> str:
+        """`inner_product`: the cosine, since documents are unit vectors."""
+        return self._card["metric"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the model that encoded the documents; only its queries have a meaning here."""
+        return self._card["fingerprint"]
+
+    @property
+    def kind(self) -> IndexKind:
+        """The kind and the fields it was built with."""
+        return self._kind
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __repr__(self) -> str:
+        where = "cpu" if self._gpu is None else "gpu"
+        return f"Index({self._card['factory']}, {self.count:,} x {self.dim}, model {self.fingerprint[:12]}, {where})"
+
+    def search(self, vectors: np.ndarray, k: int) -> Neighbours:
+        """The k nearest documents of each query.
+
+        Args:
+            vectors: Float[Q D], finite; Q may be 0.
+            k: how many to return, >= 1. Places beyond what was found hold row -1 and score -inf.
+
+        Raises:
+            ContractError: another shape or dim, a query that is not finite, or k < 1.
+        """
+        queries = np.asarray(vectors)
+        if queries.ndim != 2 or queries.shape[1] != self.dim or queries.dtype.kind not in "fiu":
+            raise ContractError(f"Index.search: expected [Q {self.dim}] numbers, got {list(queries.shape)} of {queries.dtype}")
+        if k < 1:
+            raise ContractError(f"Index.search: expected k >= 1, got {k}")
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+        if len(bad):
+            raise ContractError(
+                f"Index.search: query {bad[0]} holds NaN or infinity ({len(bad)} of {len(queries)} do); encode it again"
+            )
+        rows = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        reach = min(k, self.count)
+        if len(queries):
+            index = self._cpu if self._gpu is None or reach > GPU_K_LIMIT else self._gpu
+            found, rows[:, :reach] = index.search(queries, reach)
+            scores[:, :reach] = np.where(rows[:, :reach] == MISSING_ROW, -np.inf, found)
+        return Neighbours(rows, scores)
+
+
+def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed: int) -> dict[str, Any]:
+    """Build the index of a corpus of unit vectors and write it to the directory `out`.
+
+    The corpus is walked up to four times (check, sample, add, compare with exact search); never more than one block of
+    rows and the training sample are held in memory beside the index itself.
+
+    Args:
+        kind: what to build.
+        shards: `open_embeddings(path).shards`, or any function like it.
+        out: existing directory; files of an earlier attempt are replaced.
+        fingerprint: digest of the model that made the vectors.
+        seed: of the training sample, k-means and the queries of the self-check.
+
+    Returns:
+        count, dim, kind, factory, bytes, bytes_per_vector and recall_at_10: the share of the true 10 nearest documents
+        that the index finds for up to 200 of its own vectors (ties count as found).
+
+    Raises:
+        ContractError: no vectors; not finite, zero or not of unit norm; dims differ; ids repeat or do not match.
+        ConfigError: faiss is missing or installed twice.
+    """
+    faiss = _faiss()
+    corpus = Corpus(shards)
+    count, dim = corpus.count, corpus.dim
+    factory = kind.factory(count, dim)
+    expected = kind.bytes_per_vector(dim)
+    log.info(
+        "index %s (%s): %s x %d, about %s bytes per vector, %.1f MiB in all",
+        kind.kind, factory, f"{count:,}", dim, f"{expected:,.0f}", count * expected / 2**20,
+    )  # fmt: skip
+    index = _train(faiss, kind, factory, corpus, seed)
+    for block in corpus.blocks():
+        index.add(block)
+    _set_parameters(faiss, index, kind.search_parameters())
+
+    write_ids(corpus.ids, out / IDS_FILE)
+    _write_index(faiss, index, out / INDEX_FILE)
+    size = (out / INDEX_FILE).stat().st_size
+    card = {
+        "format": FORMAT,
+        "metric": METRIC,
+        "dim": dim,
+        "count": count,
+        "fingerprint": fingerprint,
+        "kind": kind.model_dump(mode="json"),
+        "factory": factory,
+        "bytes_per_vector": round(size / count, 1),
+        "seed": seed,
+        "files": {name: sha256_file(out / name) for name in (INDEX_FILE, IDS_FILE)},
+    }
+    write_atomic(out / CARD_FILE, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False))
+    recall = _self_check(Index(card, corpus.ids, kind, (index, None)), corpus, seed)
+    log.info("index %s: recall@%d %.3f against exact search", kind.kind, SELF_CHECK_K, recall)
+    return {
+        "count": count,
+        "dim": dim,
+        "kind": kind.kind,
+        "factory": factory,
+        "bytes": size,
+        "bytes_per_vector": card["bytes_per_vector"],
+        f"recall_at_{SELF_CHECK_K}": recall,
+    }
+
+
+def _train(faiss: Any, kind: IndexKind, factory: str, corpus: Corpus, seed: int) -> Any:
+    """An empty faiss index, trained where the kind asks for it."""
+    count, dim = corpus.count, corpus.dim
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ContractError(f"index {kind.kind}: faiss does not accept '{factory}' for dim {dim} ({_last_line(error)})") from error
+    _set_parameters(faiss, index, kind.build_parameters())
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is not None:
+        inverted.cp.seed = seed % 2**31
+        inverted.cp.min_points_per_centroid = 1  # the kind already keeps lists few enough; faiss would print to stdout
+    points = min(count, kind.training_points(count))
+    if points:
+        log.info("index %s: learning from %s of %s vectors", kind.kind, f"{points:,}", f"{count:,}")
+        chosen = np.sort(np.random.default_rng(seed).choice(count, size=points, replace=False))
+        index.train(corpus.gather(chosen))
+    if not index.is_trained:
+        raise ContractError(f"index {kind.kind}: '{factory}' has to be trained, but training_points() is 0")
+    return index
+
+
+def _set_parameters(faiss: Any, index: Any, parameters: Mapping[str, float]) -> None:
+    space = faiss.ParameterSpace()
+    for name, value in parameters.items():
+        space.set_index_parameter(index, name, value)
+
+
+def _self_check(index: Index, corpus: Corpus, seed: int) -> float:
+    """Share of the true nearest documents found for a sample of the corpus's own vectors."""
+    sample = np.random.default_rng([seed, 1]).choice(index.count, size=min(SELF_CHECK_QUERIES, index.count), replace=False)
+    queries = corpus.gather(np.sort(sample))
+    reach = min(SELF_CHECK_K, index.count)
+    rows = index.search(queries, reach).rows
+    achieved = np.full(rows.shape, -np.inf, dtype=np.float32)
+    best = np.full(rows.shape, -np.inf, dtype=np.float32)
+    start = 0
+    for block in corpus.blocks():
+        exact = ExactSearcher(block, corpus.ids[start : start + len(block)]).search(queries, reach).scores
+        best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
+        query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
+        achieved[query, place] = np.einsum("nd,nd->n", queries[query], block[rows[query, place] - start])
+        start += len(block)
+    return round(float((achieved >= best[:, -1:] - 1e-5).mean()), 4)
+
+
+def _write_index(faiss: Any, index: Any, file: Path) -> None:
+    partial = file.with_name(file.name + ".partial")
+    faiss.write_index(index, str(partial))
+    settle(partial, file)
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], IndexKind]:
+    file = path / CARD_FILE
+    if not file.is_file():
+        raise ArtifactError(f"{path}: no {CARD_FILE} there, so it is not an index or was never finished; build it again")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        if card["format"] != FORMAT or card["metric"] != METRIC:
+            raise ValueError(
+                f"format {card['format']} with metric {card['metric']}, this version reads format {FORMAT} with {METRIC}"
+            )
+        if not {"dim", "count", "fingerprint", "factory"} <= card.keys() or not {INDEX_FILE, IDS_FILE} <= card["files"].keys():
+            raise ValueError("a field is missing")
+        kind = resolve("indexes", card["kind"])
+        if not isinstance(kind, IndexKind):
+            raise ValueError(f"'{kind.kind}' is not a kind of index")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        reason = f"{error.error_count()} fields of its kind do not fit" if isinstance(error, ValidationError) else error
+        raise ArtifactError(f"{path}: {CARD_FILE} is not one that this version wrote ({reason}); build the index again") from error
+    return card, kind
+
+
+def _read_index(faiss: Any, file: Path) -> Any:
+    """The index, mapped into memory. No array may be larger than the file: a forged length cannot exhaust the memory."""
+    limit = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(2 * file.stat().st_size + 2**20)
+    try:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ArtifactError(f"{file}: faiss cannot read it ({_last_line(error)}); build the index again") from error
+    finally:
+        faiss.set_deserialization_vector_byte_limit(limit)
+
+
+def _gpu_copy(faiss: Any, index: Any, kind: IndexKind, device: str) -> Any:
+    """A copy of the index on every GPU, or None to search on the CPU."""
+    if device not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"device: expected auto, cpu or gpu, got '{device}'")
+    if device == "cpu":
+        return None
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        reason = "faiss sees no GPU (a GPU needs ullme[gpu] in place of ullme[cpu])"
+    elif not kind.gpu_search:
+        reason = f"faiss cannot search '{kind.kind}' with these fields on a GPU"
+    else:
+        return faiss.index_cpu_to_all_gpus(index)
+    if device == "gpu":
+        raise ConfigError(f"device: gpu was asked for, but {reason}; use device cpu or auto")
+    log.info("searching on the CPU: %s", reason)
+    return None
+
+
+def _faiss() -> Any:
+    """The faiss module.
+
+    Raises:
+        ConfigError: no faiss package, two of them (they overwrite each other's files), or one that does not load.
+    """
+    installed = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs") if _is_installed(name)]
+    if len(installed) > 1:
+        raise ConfigError(
+            f"{' and '.join(installed)} are both installed and overwrite each other: uninstall both, "
+            "then install ullme[cpu] or ullme[gpu]"
+        )
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(f"faiss cannot be imported ({_last_line(error)}): install ullme[cpu] or ullme[gpu]") from error
+    except RuntimeError as error:  # what faiss-gpu raises without the CUDA libraries
+        raise ConfigError(
+            f"faiss does not load ({_last_line(error)}): install ullme[cpu], or ullme[gpu] with its CUDA wheels"
+        ) from error
+    return faiss
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

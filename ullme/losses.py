@@ -1,0 +1,101 @@
+"""Loss mathematics as pure functions of tensors; `ullme/objectives/` composes them.
+
+Scores are higher = closer. Every function returns a mean (or the per-row values that a caller averages over the whole
+batch), never a sum that grows with the batch or the number of chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["dpo", "entropy", "info_nce", "kl_alignment", "token_logprobs"]
+
+LOGIT_BYTES = 64 * 2**20
+
+
+def info_nce(
+    similarity: Float[Tensor, "Q C"], target: Int[Tensor, " Q"], ignored: Bool[Tensor, "Q C"], *, temperature: float
+) -> Float[Tensor, " Q"]:
+    """-log softmax(s / tau)[target] per query; `ignored` candidates (known positives, false negatives) leave the sum.
+
+    InfoNCE (arXiv 1807.03748, eq. 4) with in-batch and hard negatives as columns.
+    """
+    logits = (similarity / temperature).masked_fill(ignored, float("-inf"))
+    return functional.cross_entropy(logits, target, reduction="none")
+
+
+def dpo(
+    chosen: Float[Tensor, "Q N"],
+    rejected: Float[Tensor, "Q N"],
+    reference_chosen: Float[Tensor, "Q N"],
+    reference_rejected: Float[Tensor, "Q N"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "Q N"]:
+    """-log sigma(beta [(log pi(p+) - log pi(p-)) - (log pi_ref(p+) - log pi_ref(p-))]) (arXiv 2305.18290, eq. 7).
+
+    Summed log-probabilities. With label smoothing eps: the conservative form (1 - eps) L(z) + eps L(-z).
+    """
+    margin = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
+    return -(1 - label_smoothing) * functional.logsigmoid(margin) - label_smoothing * functional.logsigmoid(-margin)
+
+
+def kl_alignment(
+    representation: Float[Tensor, "Q K"],
+    generation: Float[Tensor, "Q K"],
+    present: Bool[Tensor, "Q K"],
+    *,
+    temperature: float,
+    generation_temperature: float,
+) -> Float[Tensor, " Q"]:
+    """KL(P_g || P_r) per query, over its own candidates: the alignment term of GRL (arXiv 2408.03402, section 2.3).
+
+    P_r = softmax(s_r / tau), P_g = softmax(s_g / tau_g); gradients flow into P_r only. `present` is False where a query
+    has fewer candidates than K.
+    """
+    target = _masked_log_softmax(generation.detach() / generation_temperature, present)
+    student = _masked_log_softmax(representation / temperature, present)
+    return torch.where(present, target.exp() * (target - student), 0.0).sum(1)
+
+
+def entropy(scores: Float[Tensor, "Q K"], present: Bool[Tensor, "Q K"], *, temperature: float) -> Float[Tensor, " Q"]:
+    """Entropy in nats of softmax(scores / temperature) over the present candidates."""
+    logs = _masked_log_softmax(scores / temperature, present)
+    return -torch.where(present, logs.exp() * logs, 0.0).sum(1)
+
+
+def _masked_log_softmax(logits: Tensor, present: Tensor) -> Tensor:
+    lowest = torch.finfo(logits.dtype).min
+    return functional.log_softmax(logits.masked_fill(~present, lowest), dim=1).masked_fill(~present, 0.0)
+
+
+def token_logprobs(hidden: Float[Tensor, "T D"], head: nn.Module, targets: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """log softmax(head(hidden))[targets] per token, without ever holding all T x V logits.
+
+    A plain linear head goes through torch's fused linear cross-entropy where this torch has it; anything else in
+    checkpointed chunks.
+    """
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    fused: Callable[..., Tensor] | None = getattr(functional, "linear_cross_entropy", None)
+    options: Any = getattr(nn, "LinearCrossEntropyOptions", None)
+    if fused is not None and options is not None and weight is not None and bias is None and len(hidden) >= hidden.shape[1]:
+        return -fused(hidden, weight, targets, reduction="none", options=options()).float()
+    vocabulary = weight.shape[0] if weight is not None else head(hidden[:1]).shape[-1]
+    rows = max(1, LOGIT_BYTES // (4 * vocabulary))
+
+    def score(states: Tensor, wanted: Tensor) -> Tensor:
+        return -functional.cross_entropy(head(states).float(), wanted, reduction="none")
+
+    pieces = [
+        checkpoint(score, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)
+        for start in range(0, len(hidden), rows)
+    ]
+    return torch.cat([piece for piece in pieces if piece is not None]) if pieces else hidden.new_zeros(0, dtype=torch.float32)

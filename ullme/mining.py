@@ -1,0 +1,381 @@
+"""The mine stage: hard negatives for every train query, and how far their teacher can be trusted.
+
+    negatives.parquet   query_id, doc_ids: list<string>, scores: list<float32>; what the source gave first, then best first
+    report.json         counts, what was excluded, shortfalls, the teacher's nDCG@10, a histogram, 20 rows to look at
+
+Candidates are the documents of train queries and those that no query has judged. What a dev or test query is answered by
+is never a negative (`pool: train_only`): a model must not be measured on passages it was pushed away from.
+
+A kind of miner is one file in `ullme/miners/`: usually a `RankingMiner` that says which ranker it uses and which
+candidates it keeps; anything else implements `Miner.select`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ullme.artifacts import Draft, Inputs, Stage
+from ullme.components import Component, Section, component, resolve
+from ullme.data import Dataset, Document
+from ullme.errors import ContractError, DataError
+from ullme.lexical import LexicalConfig
+from ullme.neighbours import MISSING_ROW
+from ullme.progress import Progress
+from ullme.rankers import MiningContext, Ranker, VectorRanker
+from ullme.records import normalise
+
+__all__ = ["MINE", "Miner", "MiningConfig", "RankingMiner", "Selection", "mine"]
+
+logger = logging.getLogger(__name__)
+
+BLOCK_QUERIES = 256
+MAX_REFUSED_SHARE = 0.1
+SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a miner chose: per query (pool row, score), best first; and what it passed over, by reason."""
+
+    chosen: list[list[tuple[int, float]]]
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+class Miner(Component):
+    """Base of every kind of miner."""
+
+    @property
+    @abstractmethod
+    def wanted(self) -> int:
+        """Negatives per query that it aims at."""
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the stage must be given an input called `model`."""
+        return False
+
+    @abstractmethod
+    def rankers(self, context: MiningContext) -> list[Ranker]:
+        """The teachers whose ranking it relies on; their nDCG is reported."""
+
+    @abstractmethod
+    def select(self, context: MiningContext, taken: Sequence[set[int]]) -> Selection:
+        """At most `wanted` pool rows per query, never one whose text key is in `taken[query]` (see `MiningContext.keys`)."""
+
+
+class RankingMiner(Miner):
+    """A miner that walks down one ranking.
+
+    The query's positives, and documents that read the same, are taken out first, and so do not count as ranks.
+
+    num_negatives: mined per query. depth: how many ranks are looked at. skip_top: ranks left out at the top, where
+    unlabelled positives gather. sampling: the `top` of what is left, or `random` among it (seeded per query).
+    """
+
+    num_negatives: int = Field(default=4, ge=1)
+    depth: int = Field(default=100, ge=1)
+    skip_top: int = Field(default=0, ge=0)
+    sampling: Literal["top", "random"] = "top"
+
+    @model_validator(mode="after")
+    def _window(self) -> RankingMiner:
+        if self.skip_top + self.num_negatives > self.depth:
+            raise ValueError(
+                f"depth {self.depth} has no room for skip_top {self.skip_top} and num_negatives {self.num_negatives}; raise depth"
+            )
+        return self
+
+    @property
+    def wanted(self) -> int:
+        """Negatives per query that it aims at."""
+        return self.num_negatives
+
+    @abstractmethod
+    def ranker(self, context: MiningContext) -> Ranker:
+        """What ranks the pool."""
+
+    def rankers(self, context: MiningContext) -> list[Ranker]:
+        """The one it walks down."""
+        return [self.ranker(context)]
+
+    def keep(self, scores: np.ndarray, positives: np.ndarray) -> np.ndarray:  # noqa: ARG002 - for kinds to override
+        """Bool[K]: which candidates of Float32[K] may be negatives, given the scores Float32[P] of the positives."""
+        return np.ones(len(scores), dtype=bool)
+
+    def refusal(self, positives: np.ndarray) -> str:  # noqa: ARG002 - for kinds to override
+        """Why nothing can be mined for a query whose positives score so; empty = it can."""
+        return ""
+
+    def select(self, context: MiningContext, taken: Sequence[set[int]]) -> Selection:
+        """Walk down the ranking of every query.
+
+        Raises:
+            ContractError: more than a tenth of the queries are refused.
+        """
+        ranker = self.ranker(context)
+        selection = Selection([[] for _ in context.queries])
+        refusals: Counter[str] = Counter()
+        with Progress(len(context.queries), f"mine {self.kind}", unit="query") as progress:
+            for start in range(0, len(context.queries), BLOCK_QUERIES):
+                block = range(start, min(start + BLOCK_QUERIES, len(context.queries)))
+                most = max(len(context.forbidden_rows(query)) for query in block)
+                found = ranker.search(block, min(self.depth + most, len(context.documents)))
+                for query, rows, scores in zip(block, found.rows, found.scores, strict=True):
+                    positives = ranker.score(query, context.positive_rows(query))
+                    reason = self.refusal(positives)
+                    if reason:
+                        refusals[reason] += 1
+                        continue
+                    real = rows != MISSING_ROW
+                    candidates = (rows[real], scores[real])
+                    selection.chosen[query] = self._pick(context, query, candidates, positives, taken[query], selection.passed_over)
+                progress.advance(len(block))
+        for reason, count in refusals.items():
+            line = f"mine {self.kind}: {count} of {len(context.queries)} queries refused: {reason}"
+            if count > MAX_REFUSED_SHARE * len(context.queries):
+                raise ContractError(f"{line}; this model is no teacher yet: mine with bm25, or train it first")
+            logger.warning("%s", line)
+            selection.passed_over[f"queries refused: {reason}"] += count
+        return selection
+
+    def _pick(
+        self,
+        context: MiningContext,
+        query: int,
+        candidates: tuple[np.ndarray, np.ndarray],
+        positives: np.ndarray,
+        taken: set[int],
+        passed_over: Counter[str],
+    ) -> list[tuple[int, float]]:
+        forbidden = context.forbidden_rows(query)
+        allowed = np.array([row not in forbidden for row in candidates[0]], dtype=bool)
+        rows, scores = (part[allowed][self.skip_top : self.depth] for part in candidates)
+        kept = self.keep(scores, positives)
+        passed_over["too close to the positive"] += int((~kept).sum())
+        seen, free = set(taken), []
+        for position in np.flatnonzero(kept):
+            key = context.keys[rows[position]]
+            if key in seen:
+                passed_over["same text as another negative"] += 1
+            else:
+                seen.add(key)
+                free.append(position)
+        if self.sampling == "random" and len(free) > self.num_negatives:
+            drawn = context.random(query).choice(len(free), self.num_negatives, replace=False)
+            free = [free[number] for number in sorted(drawn)]
+        free = free[: self.num_negatives]
+        if len(positives):
+            passed_over["suspected false negatives (kept)"] += int((scores[free] >= positives.min()).sum())
+        return [(int(rows[position]), float(scores[position])) for position in free]
+
+
+class MiningConfig(Section):
+    """How negatives are chosen.
+
+    pool: `train_only` leaves out documents that answer a dev or test query and no train query; `all` keeps them.
+    teacher_queries: on how many train queries, drawn by seed, the teacher's nDCG@10 is measured.
+    """
+
+    miner: Annotated[Miner, component("ullme.miners")] = Field(default_factory=lambda: _default_miner())
+    pool: Literal["train_only", "all"] = "train_only"
+    teacher_queries: int = Field(default=1000, ge=1)
+
+
+def _default_miner() -> Any:
+    return resolve("ullme.miners", "bm25")
+
+
+def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
+    """Stage: train queries of `data` (and `model`, `embeddings` for kinds that need vectors) -> negatives.
+
+    Raises:
+        DataError: no train queries. ConfigError: the miner needs a model and there is none. ContractError: the
+        embeddings are of another model, or the teacher cannot be used.
+    """
+    draft.restart()
+    data = Dataset.open(inputs["data"])
+    queries = data.queries("train")
+    if not queries:
+        raise DataError("mine: the data set has no train query; look at the data stage's counts")
+    documents = _pool(data) if section.pool == "train_only" else data.documents()
+    context = MiningContext(queries, documents, draft.seed, _vectors_of(inputs, data) if "model" in inputs else None)
+    teachers = _teachers(section, context)
+    given, taken, dropped = _given(context, section.miner)
+    selection = section.miner.select(context, taken)
+    rows = [own + mined for own, mined in zip(given, selection.chosen, strict=True)]
+    _write(draft, context, rows)
+    missing = [section.miner.wanted - len(mined) for mined in selection.chosen]
+    mined_scores = np.array([score for mined in selection.chosen for _, score in mined], dtype=np.float64)
+    counts, edges = np.histogram(mined_scores, bins=20) if len(mined_scores) else (np.zeros(0, int), np.zeros(0))
+    report = {
+        "miner": section.miner.model_dump(mode="json", serialize_as_any=True),
+        "queries": len(queries),
+        "pool": {"rule": section.pool, "documents": len(documents), "left_out": len(data.documents()) - len(documents)},
+        "negatives": {"mined": len(mined_scores), "from_source": sum(map(len, given)), "source_dropped": dict(dropped)},
+        "passed_over": dict(selection.passed_over),
+        "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
+        "teachers": teachers,
+        "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
+        "samples": _samples(data, context, rows),
+    }
+    (draft.path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    short, suspected = report["shortfall"], selection.passed_over["suspected false negatives (kept)"]
+    draft.meta |= {"queries": len(queries), "pool": len(documents), "mined": len(mined_scores), "short_queries": short["queries"]}
+    draft.meta |= {"suspected_false_negatives": suspected}
+    draft.meta |= {f"teacher_ndcg_at_10_{name}": teacher["ndcg_at_10"] for name, teacher in teachers.items()}
+    logger.info(
+        "mine: %d negatives for %d queries from %d documents, %d from the source; %d score above a positive",
+        *(len(mined_scores), len(queries), len(documents), report["negatives"]["from_source"], suspected),
+    )
+    if short["queries"]:
+        logger.warning(
+            "mine: %d of %d queries got fewer than %d negatives (%d missing in all); they stay short",
+            *(short["queries"], len(queries), short["wanted"], short["negatives"]),
+        )
+
+
+MINE = Stage("mine", "negatives", 1, mine)
+
+
+def _pool(data: Dataset) -> list[Document]:
+    """Documents that training may see: not held out, and no answer to dev or test queries alone (nor a copy of one)."""
+    train = {doc for query in data.queries("train") for doc in query.positives}
+    judged = {doc for split in ("dev", "test") for query in data.queries(split) for doc in query.positives}
+    held = {doc.id for doc in data.documents() if doc.held_out or (doc.id in judged and doc.id not in train)}
+    copies = {normalise(data.document(doc).content) for doc in held}
+    pool = [doc for doc in data.documents() if doc.id not in held and (doc.id in train or normalise(doc.content) not in copies)]
+    if not pool:
+        raise DataError(
+            "mine: every document is held out for dev or test queries; give the data train documents, or set mining.pool: all"
+        )
+    return pool
+
+
+def _vectors_of(inputs: Inputs, data: Dataset) -> Callable[[MiningContext], VectorRanker]:
+    """Encodes train queries and pool when first called; documents that `embeddings` holds are taken from there."""
+
+    def vectors(context: MiningContext) -> VectorRanker:
+        from ullme.encoder import Encoder
+        from ullme.encoding import open_embeddings
+
+        encoder = Encoder.load(inputs["model"])
+        documents = np.zeros((len(context.documents), encoder.dim), dtype=np.float16)
+        missing = dict(context.row_of)
+        if "embeddings" in inputs:
+            stored = open_embeddings(inputs["embeddings"])
+            if stored.fingerprint != inputs.ref("model").digest:
+                raise ContractError(
+                    f"mine: the embeddings were made by model {stored.fingerprint[:12]}, the model given is "
+                    f"{inputs.ref('model').digest[:12]}; encode the corpus with it first"
+                )
+            for ids, block in stored.shards():
+                here = [(position, missing.pop(name)) for position, name in enumerate(ids) if name in missing]
+                if here:
+                    positions, rows = (list(part) for part in zip(*here, strict=True))
+                    documents[rows] = block[positions]
+        if missing:
+            logger.info("mine: encoding %d documents of the pool", len(missing))
+            documents[list(missing.values())] = encoder.encode([data.document(name).content for name in missing], prompt="document")
+        return VectorRanker(encoder.encode([query.text for query in context.queries], prompt="query"), documents)
+
+    return vectors
+
+
+def _teachers(section: MiningConfig, context: MiningContext) -> dict[str, dict[str, Any]]:
+    """nDCG@10 of each teacher over the pool, on the same sample of train queries, BM25 always among them."""
+    rankers: list[Ranker] = section.miner.rankers(context)
+    if all(ranker.name != "bm25" for ranker in rankers):
+        rankers = [*rankers, context.bm25(LexicalConfig())]
+    count = min(section.teacher_queries, len(context.queries))
+    sample = np.sort(np.random.default_rng([context.seed, 2]).choice(len(context.queries), count, replace=False)).tolist()
+    scores = {ranker.name: round(_ndcg_at_10(ranker, context, sample), 5) for ranker in rankers}
+    shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    logger.info("mine: nDCG@10 of the teacher on %d train queries: %s", count, shown)
+    for name, score in scores.items():
+        if name != "bm25" and score < scores["bm25"]:
+            logger.warning(
+                "mine: the teacher '%s' ranks worse than BM25 (nDCG@10 %.3f against %.3f); its hard negatives are mostly noise, "
+                "kind: bm25 mines better ones",
+                *(name, score, scores["bm25"]),
+            )
+    return {name: {"ndcg_at_10": score, "queries": count} for name, score in scores.items()}
+
+
+def _ndcg_at_10(ranker: Ranker, context: MiningContext, queries: Sequence[int]) -> float:
+    """Mean nDCG@10 with linear gains and log2 discounts, as trec_eval computes it."""
+    discount = 1 / np.log2(np.arange(2, 12))
+    values = []
+    for start in range(0, len(queries), BLOCK_QUERIES):
+        block = queries[start : start + BLOCK_QUERIES]
+        found = ranker.search(block, min(10, len(context.documents)))
+        for query, rows in zip(block, found.rows, strict=True):
+            positives: Mapping[str, int] = context.queries[query].positives
+            gains = [0 if row == MISSING_ROW else positives.get(context.documents[row].id, 0) for row in rows]
+            ideal = sorted(positives.values(), reverse=True)[:10]
+            values.append(float(np.dot(gains, discount[: len(gains)]) / np.dot(ideal, discount[: len(ideal)])))
+    return float(np.mean(values))
+
+
+def _given(context: MiningContext, miner: Miner) -> tuple[list[list[tuple[int, float]]], list[set[int]], Counter[str]]:
+    """The source's own negatives with the teacher's scores, the text keys now taken, and what of them was dropped."""
+    teacher = miner.rankers(context)[0]
+    given: list[list[tuple[int, float]]] = []
+    taken: list[set[int]] = []
+    dropped: Counter[str] = Counter()
+    for number, query in enumerate(context.queries):
+        forbidden, rows = context.forbidden_rows(number), []
+        seen: set[int] = set()
+        for name in query.negatives:
+            row = context.row_of.get(name)
+            if row is None:
+                dropped["outside of the pool"] += 1
+            elif row in forbidden:
+                dropped["same text as a positive"] += 1
+            elif context.keys[row] in seen:
+                dropped["same text as another negative"] += 1
+            else:
+                seen.add(context.keys[row])
+                rows.append(row)
+        scores = teacher.score(number, rows) if rows else ()
+        given.append([(row, float(score)) for row, score in zip(rows, scores, strict=True)])
+        taken.append(seen)
+    return given, taken, dropped
+
+
+def _write(draft: Draft, context: MiningContext, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "query_id": pa.array([query.id for query in context.queries], pa.string()),
+            "doc_ids": pa.array([[context.documents[row].id for row, _ in chosen] for chosen in rows], pa.list_(pa.string())),
+            "scores": pa.array([[score for _, score in chosen] for chosen in rows], pa.list_(pa.float32())),
+        }
+    )
+    pq.write_table(table, draft.path / "negatives.parquet", compression="zstd")
+
+
+def _samples(data: Dataset, context: MiningContext, rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
+    """A few rows with their texts, for people."""
+    count = min(SHOWN_ROWS, len(rows))
+    shown = np.sort(np.random.default_rng([context.seed, 3]).choice(len(rows), count, replace=False)).tolist()
+    samples = []
+    for number in shown:
+        query = context.queries[number]
+        negatives = [
+            {"id": context.documents[row].id, "score": round(score, 5), "text": context.documents[row].content[:SHOWN_CHARACTERS]}
+            for row, score in rows[number]
+        ]
+        positives = [{"id": name, "text": data.document(name).content[:SHOWN_CHARACTERS]} for name in query.positives]
+        samples.append({"query_id": query.id, "query": query.text, "positives": positives, "negatives": negatives})
+    return samples

@@ -1,0 +1,93 @@
+"""Nearest neighbours: the value every search returns, the seam `ullme` searches through, and the exact reference.
+
+`Searcher` is how mining and evaluation use an index without knowing faiss; `ExactSearcher` is the plain numpy one, good
+for a corpus whose vectors fit in memory and the ground truth that every index is measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from ullme.errors import ContractError
+
+__all__ = ["ExactSearcher", "Neighbours", "Searcher"]
+
+MISSING_ROW = -1
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Rows of the K nearest documents of Q queries.
+
+    rows: Int64[Q K], positions in the searcher's `ids`; -1 where there are fewer than K documents.
+    scores: Float32[Q K], non-increasing, higher = closer; -inf exactly where rows is -1.
+
+    Raises:
+        ContractError: shapes differ, or an entry breaks one of the rules above.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.rows.shape != self.scores.shape or self.rows.ndim != 2:
+            raise ContractError(f"Neighbours: expected two equal [Q K] shapes, got {self.rows.shape} and {self.scores.shape}")
+        if np.isnan(self.scores).any():
+            raise ContractError("Neighbours: a score is NaN")
+        if not np.array_equal(self.rows == MISSING_ROW, np.isneginf(self.scores)):
+            raise ContractError("Neighbours: row -1 and score -inf must stand in the same places")
+        with np.errstate(invalid="ignore"):
+            if (np.diff(self.scores, axis=1) > 0).any():
+                raise ContractError("Neighbours: scores must not increase along a row")
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """Anything that finds the nearest of its documents: an index, or `ExactSearcher`."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids; `Neighbours.rows` are positions in it."""
+        ...
+
+    def search(self, vectors: np.ndarray, k: int) -> Neighbours:
+        """The k nearest documents of each of Float32[Q D]."""
+        ...
+
+
+class ExactSearcher:
+    """Inner product against every vector, in blocks; memory is Q x (block + k) scores.
+
+    vectors: Float[N D]; ids: N unique strings. Ties go to the lower row.
+    """
+
+    def __init__(self, vectors: np.ndarray, ids: Sequence[str], *, block: int = 16_384) -> None:
+        if vectors.ndim != 2 or len(vectors) != len(ids):
+            raise ContractError(f"ExactSearcher: expected [N D] vectors and N ids, got {vectors.shape} and {len(ids)} ids")
+        self._vectors, self._ids, self._block = vectors, ids, block
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids in row order."""
+        return self._ids
+
+    def search(self, vectors: np.ndarray, k: int) -> Neighbours:
+        """The k nearest documents of each of Float32[Q D]."""
+        queries = np.asarray(vectors, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self._vectors.shape[1]:
+            raise ContractError(f"search: expected [Q {self._vectors.shape[1]}] queries, got {queries.shape}")
+        rows = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        for start in range(0, len(self._vectors), self._block):
+            block = np.asarray(self._vectors[start : start + self._block], dtype=np.float32)
+            found = queries @ block.T
+            positions = np.broadcast_to(np.arange(start, start + len(block)), found.shape)
+            all_scores = np.concatenate([scores, found], axis=1)
+            all_rows = np.concatenate([rows, positions], axis=1)
+            order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
+            scores, rows = np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_rows, order, axis=1)
+        return Neighbours(rows, scores)

@@ -1,0 +1,68 @@
+"""From token states to one vector: pure functions of (hidden, mask), computed in float32.
+
+hidden: Float[B S D]; mask: Bool[B S], True = this token counts. Padding may stand on either side. No function edits its
+arguments. A row without any counted token is a ContractError: it would have no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ullme.errors import ContractError
+
+__all__ = ["POOLINGS", "pool"]
+
+
+def mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """Average over the counted tokens."""
+    weights = mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+def weighted_mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """Average with weights 1, 2, 3 ... over the counted tokens (SGPT, arXiv 2202.08904, eq. 2)."""
+    weights = (mask.long().cumsum(1) * mask).unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+def last(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """State of the last counted token."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    index = torch.where(mask, positions, -1).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index].float()
+
+
+def first(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """State of the first counted token."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)].float()
+
+
+def maximum(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """Largest value of each dimension over the counted tokens."""
+    return hidden.float().masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": mean,
+    "weighted_mean": weighted_mean,
+    "last": last,
+    "first": first,
+    "max": maximum,
+}
+
+
+def pool(kind: str, hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
+    """Pool by name and normalise to unit length.
+
+    Raises:
+        ContractError: a row without any counted token, or an unknown name.
+    """
+    if kind not in POOLINGS:
+        raise ContractError(f"pooling: expected one of {', '.join(POOLINGS)}, got '{kind}'")
+    if not bool(mask.any(1).all()):
+        raise ContractError("pooling: every row must keep at least one token that is neither padding nor prompt")
+    return torch.nn.functional.normalize(POOLINGS[kind](hidden, mask), dim=-1)

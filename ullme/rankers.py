@@ -1,0 +1,134 @@
+"""What a miner works with: the train queries, the pool of candidates, and the teachers that rank one for the other."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from ullme.data import Document, Query
+from ullme.errors import ConfigError
+from ullme.lexical import BM25Searcher, LexicalConfig
+from ullme.neighbours import ExactSearcher, Neighbours
+from ullme.records import normalise
+
+__all__ = ["LexicalRanker", "MiningContext", "Ranker", "VectorRanker"]
+
+
+class Ranker(Protocol):
+    """Ranks the pool for train queries, both by position in `MiningContext`."""
+
+    @property
+    def name(self) -> str:
+        """What the reports call it."""
+        ...
+
+    def search(self, queries: Sequence[int], k: int) -> Neighbours:
+        """The k best pool rows of each query."""
+        ...
+
+    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+        """Float32[len(rows)]: this query's score of these pool rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class LexicalRanker:
+    """BM25 over the pool."""
+
+    context: MiningContext
+    searcher: BM25Searcher
+    name: str = "bm25"
+
+    def search(self, queries: Sequence[int], k: int) -> Neighbours:
+        """The k best pool rows of each query."""
+        return self.searcher.search([self.context.queries[query].text for query in queries], k)
+
+    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+        """BM25 of these pool rows."""
+        return self.searcher.scores(self.context.queries[query].text)[list(rows)] if rows else np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class VectorRanker:
+    """Exact inner product. queries: Float32[Q D]; documents: Float[N D]."""
+
+    queries: np.ndarray
+    documents: np.ndarray
+    name: str = "model"
+
+    def search(self, queries: Sequence[int], k: int) -> Neighbours:
+        """The k best pool rows of each query."""
+        searcher = ExactSearcher(self.documents, range(len(self.documents)))  # type: ignore[arg-type]
+        return searcher.search(self.queries[list(queries)], k)
+
+    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+        """Inner product with these pool rows."""
+        return self.documents[list(rows)].astype(np.float32) @ self.queries[query]
+
+
+@dataclass(frozen=True)
+class MiningContext:
+    """What a miner sees: the train queries, the pool of candidates, and the teachers (made when first asked for).
+
+    vectors: makes the model's vectors, or None when the stage was given no model.
+    """
+
+    queries: Sequence[Query]
+    documents: Sequence[Document]
+    seed: int
+    vectors: Callable[[MiningContext], VectorRanker] | None = None
+    _lexical: dict[LexicalConfig, LexicalRanker] = field(default_factory=dict)
+
+    def bm25(self, config: LexicalConfig) -> LexicalRanker:
+        """BM25 over the pool."""
+        if config not in self._lexical:
+            searcher = BM25Searcher([doc.content for doc in self.documents], [doc.id for doc in self.documents], config)
+            self._lexical[config] = LexicalRanker(self, searcher)
+        return self._lexical[config]
+
+    @cached_property
+    def model(self) -> VectorRanker:
+        """Exact search with the vectors of the model that the stage was given.
+
+        Raises:
+            ConfigError: it was given none.
+        """
+        if self.vectors is None:
+            raise ConfigError(
+                "mining.miner: this kind needs a model's vectors, and the stage was given no model; mine with kind: bm25"
+            )
+        return self.vectors(self)
+
+    @cached_property
+    def keys(self) -> list[int]:
+        """One number per pool row: equal where the texts read the same (case, punctuation and spacing aside)."""
+        return [hash(normalise(document.content)) for document in self.documents]
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Pool row of a document id."""
+        return {document.id: row for row, document in enumerate(self.documents)}
+
+    @cached_property
+    def _rows_of_key(self) -> dict[int, list[int]]:
+        rows: dict[int, list[int]] = {}
+        for row, key in enumerate(self.keys):
+            rows.setdefault(key, []).append(row)
+        return rows
+
+    def positive_rows(self, query: int) -> list[int]:
+        """Pool rows of the query's positives."""
+        return [self.row_of[doc] for doc in self.queries[query].positives if doc in self.row_of]
+
+    def forbidden_rows(self, query: int) -> set[int]:
+        """Pool rows that must not become negatives: the positives, and whatever reads the same as one."""
+        return {row for positive in self.positive_rows(query) for row in self._rows_of_key[self.keys[positive]]}
+
+    def random(self, query: int) -> np.random.Generator:
+        """A generator that depends on the seed and the query's id, not on its position."""
+        return np.random.default_rng([self.seed, zlib.crc32(self.queries[query].id.encode())])

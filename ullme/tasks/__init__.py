@@ -1,0 +1,1 @@
+"""House evaluation tasks: one file per kind, each with one public `Task`."""

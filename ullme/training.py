@@ -1,0 +1,397 @@
+"""The training stage: phases of an objective over examples, resumable at any checkpoint, exact for a seed.
+
+The order of examples, the choice of positives and negatives and the queries that the language model scores are pure
+functions of (seed, phase, step), so a run that was interrupted goes on exactly where it was. A checkpoint lies in the
+draft's scratch folder: trainable weights and optimizer state as safetensors, position and random state as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from ullme.artifacts import Draft, Inputs, Stage, digest_of, write_atomic
+from ullme.components import Section, component
+from ullme.data import Example, read_examples
+from ullme.errors import DataError, NotFinite
+from ullme.objectives import Objective
+from ullme.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ullme.encoder import Encoder
+    from ullme.gradcache import TrainBatch
+
+__all__ = ["TRAIN", "GenerationConfig", "LoraConfig", "PhaseConfig", "Sampler", "TrainConfig", "train"]
+
+logger = logging.getLogger(__name__)
+
+SCORED_BEFORE_AND_AFTER = 48
+
+
+class LoraConfig(Section):
+    """A low-rank adapter (arXiv 2106.09685) through peft."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class GenerationConfig(Section):
+    """How the language model scores a candidate: log pi(passage | template with the query)."""
+
+    template: str = "{query}\n"
+    passage_tokens: int = Field(default=128, ge=1)
+    """Longest passage that is scored; the rest is cut."""
+    queries: int | None = Field(default=None, ge=1)
+    """Queries of each batch whose candidates are scored (seeded choice); null: all. Fewer cost less and are noisier."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_query(cls, value: str) -> str:
+        if value.count("{query}") != 1 or value.replace("{query}", "").count("{") or not value.strip():
+            raise ValueError("expected a text with {query} in it once, and no other braces")
+        return value
+
+
+class PhaseConfig(Section):
+    """One objective for a number of steps."""
+
+    objective: Annotated[Objective, component("ullme.objectives")]
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=32, ge=2)
+    """Queries per optimisation step."""
+    num_negatives: int = Field(default=1, ge=0)
+    """Mined hard negatives beside each positive, drawn from those the miner kept."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    generation: GenerationConfig = GenerationConfig()
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warm-up, then the schedule down to 0 at the end."""
+        warmup = round(self.warmup_share * self.steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return self.learning_rate * factor
+
+
+class TrainRuntime(Section):
+    """Speed and memory; none of it changes the result."""
+
+    chunk_tokens: int = Field(default=4096, ge=1)
+    """Padded tokens per forward pass with gradient."""
+    checkpoint_every: int = Field(default=25, ge=1)
+    """Steps between checkpoints."""
+
+
+class TrainConfig(Section):
+    """Phases run one after another on the same adapter; `adapter: null` trains every weight."""
+
+    phases: tuple[PhaseConfig, ...] = Field(min_length=1)
+    adapter: LoraConfig | None = LoraConfig()
+    runtime: TrainRuntime = TrainRuntime()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which examples, positives, negatives and scored queries make up a step: a pure function of (seed, phase, step)."""
+
+    examples: Sequence[Example]
+    phase: PhaseConfig
+    seed: int
+    phase_index: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.examples) < 2:
+            raise DataError(f"training: expected at least 2 examples, got {len(self.examples)}; look at the data stage's counts")
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Queries per step: as configured, or all the examples there are."""
+        return min(self.phase.batch_size, len(self.examples))
+
+    def positions(self, step: int) -> list[int]:
+        """Examples of a step. Epochs are permutations laid end to end, so no example is left over."""
+        start = step * self.batch_size
+        chosen: list[int] = []
+        while len(chosen) < self.batch_size:
+            epoch, offset = divmod(start + len(chosen), len(self.examples))
+            order = np.random.default_rng([self.seed, self.phase_index, epoch]).permutation(len(self.examples))
+            fresh = [int(p) for p in order[offset : offset + self.batch_size - len(chosen)]]
+            chosen.extend(fresh)
+        return chosen
+
+    def draw(self, step: int) -> list[tuple[Example, int, list[int]]]:
+        """(example, which positive, which negatives) for every query of a step."""
+        random = np.random.default_rng([self.seed, self.phase_index, step, 1])
+        drawn = []
+        for position in self.positions(step):
+            example = self.examples[position]
+            positive = int(random.integers(len(example.positives)))
+            count = min(self.phase.num_negatives, len(example.negatives))
+            drawn.append((example, positive, sorted(int(n) for n in random.choice(len(example.negatives), count, replace=False))))
+        return drawn
+
+    def scored(self, step: int) -> list[int]:
+        """Queries of a step (positions in the batch) whose candidates the language model scores."""
+        count = min(self.phase.generation.queries or self.batch_size, self.batch_size)
+        random = np.random.default_rng([self.seed, self.phase_index, step, 2])
+        return sorted(int(p) for p in random.choice(self.batch_size, count, replace=False))
+
+    def batch(self, step: int, encoder: Encoder) -> TrainBatch:
+        """Token rows of a step. A passage that several queries share is encoded once."""
+        from ullme.gradcache import TrainBatch
+
+        drawn = self.draw(step)
+        column: dict[str, int] = {}
+        texts: list[str] = []
+        candidates = np.full((len(drawn), 1 + self.phase.num_negatives), -1, dtype=np.int64)
+        for row, (example, positive, negatives) in enumerate(drawn):
+            chosen = [(example.positive_ids[positive], example.positives[positive])]
+            chosen += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
+            for place, (identifier, text) in enumerate(chosen):
+                if identifier not in column:
+                    column[identifier] = len(texts)
+                    texts.append(text)
+                candidates[row, place] = column[identifier]
+        known = np.zeros((len(drawn), len(texts)), dtype=bool)
+        for row, (example, _, _) in enumerate(drawn):
+            for identifier in example.positive_ids:
+                if identifier in column and column[identifier] != candidates[row, 0]:
+                    known[row, column[identifier]] = True
+        scored = self.scored(step) if self.phase.objective.uses_generation else []
+        settings = self.phase.generation
+        tokenizer = encoder.tokenizer
+        prompts = [tokenizer(settings.template.format(query=drawn[row][0].query))["input_ids"] for row in scored]
+        bodies = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)["input_ids"]
+        return TrainBatch(
+            query_ids=[example.query_id for example, _, _ in drawn],
+            queries=encoder.tokenise([example.query for example, _, _ in drawn], "query"),
+            documents=encoder.tokenise(texts, "document"),
+            candidates=candidates,
+            known=known,
+            scored=scored,
+            prompts=prompts,
+            passages=[[bodies[c] if c >= 0 else [] for c in candidates[row]] for row in scored],
+        )
+
+
+def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
+    """Stage: base model + examples -> a model artifact of the same form, its metrics under logs/.
+
+    Resumes from the newest complete checkpoint of an interrupted attempt.
+
+    Raises:
+        NotFinite: a loss or gradient is NaN or infinite. DataError: no examples.
+        ConfigError: an objective needs a reference model that does not exist.
+    """
+    import torch
+
+    from ullme.encoder import Encoder
+    from ullme.gradcache import require_reference
+
+    negatives = inputs["negatives"] if "negatives" in inputs else None
+    examples = read_examples(inputs["data"], negatives)
+    shutil.rmtree(draft.path, ignore_errors=True)
+    logs = draft.path / "logs"
+    logs.mkdir(parents=True)
+    torch.manual_seed(draft.seed)
+    encoder = Encoder.load(inputs["model"])
+    if section.adapter is not None:
+        encoder.add_lora(section.adapter)
+    loop = Loop(encoder, section, draft)
+    for phase in section.phases:
+        require_reference(encoder, phase.objective)
+    started = time.monotonic()
+    sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
+    before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample))
+    for phase, step in loop.positions():
+        sampler = Sampler(examples, section.phases[phase], draft.seed, phase)
+        loop.advance(sampler, phase, step)
+    encoder.model.eval()
+    if section.adapter is not None:
+        encoder.model.save_pretrained(draft.path / "adapter")
+        _forget_place(draft.path / "adapter", encoder.config.base)
+    encoder.merge_adapter()
+    encoder.save(draft.path)
+    write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample)}))
+    shutil.copy(loop.metrics_file, logs / "metrics.jsonl")
+    draft.meta |= {
+        "dim": encoder.dim,
+        "steps": sum(phase.steps for phase in section.phases),
+        "examples": len(examples),
+        "final_loss": loop.last_loss,
+        "train_seconds": round(time.monotonic() - started, 1),
+    }
+
+
+TRAIN = Stage("train", "model", 1, train)
+
+
+class Loop:
+    """The state of a training run: optimizer, position, metrics, checkpoints."""
+
+    def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft) -> None:
+        import torch
+
+        self._encoder, self._section, self._draft = encoder, section, draft
+        self._trainable = {name: p for name, p in encoder.model.named_parameters() if p.requires_grad}
+        for parameter in self._trainable.values():
+            parameter.data = parameter.data.float() if section.adapter is not None else parameter.data
+        self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self._steps = [(p, s) for p, phase in enumerate(section.phases) for s in range(phase.steps)]
+        self._identity = digest_of([section.identity(), draft.seed])
+        self.metrics_file = draft.scratch / "metrics.jsonl"
+        self.last_loss = float("nan")
+        self._done = self._resume()
+
+    def positions(self) -> Iterator[tuple[int, int]]:
+        """(phase, step) of every step still to do."""
+        if self._done:
+            logger.info("resuming training after step %d of %d", self._done, len(self._steps))
+        with Progress(len(self._steps), "train", unit="step", initial=self._done) as progress:
+            for position in range(self._done, len(self._steps)):
+                yield self._steps[position]
+                self._done = position + 1
+                if self._done % self._section.runtime.checkpoint_every == 0 or self._done == len(self._steps):
+                    self._checkpoint()
+                progress.advance(note=f"loss {self.last_loss:.3f}")
+
+    def advance(self, sampler: Sampler, phase: int, step: int) -> None:
+        """One optimisation step."""
+        import torch
+
+        from ullme import gradcache
+
+        settings = self._section.phases[phase]
+        model = self._encoder.model
+        started = time.monotonic()
+        # The generator restarts at every step, so resuming needs no random state of its own.
+        torch.manual_seed(int(np.random.SeedSequence([self._draft.seed, phase, step]).generate_state(1)[0]))
+        model.train()
+        batch = sampler.batch(step, self._encoder)
+        report = gradcache.step(self._encoder, settings.objective, batch, chunk_tokens=self._section.runtime.chunk_tokens)
+        number = sum(p.steps for p in self._section.phases[:phase]) + step + 1
+        for name, value in report.terms.items():
+            if not math.isfinite(value):
+                raise NotFinite(number, name, batch.query_ids)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), settings.max_grad_norm))
+        if not math.isfinite(norm):
+            raise NotFinite(number, "the gradient", batch.query_ids)
+        rate = settings.learning_rate_at(step)
+        for group in self._optimizer.param_groups:
+            group["lr"], group["weight_decay"] = rate, settings.weight_decay
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - started
+        self.last_loss = report.loss
+        row: dict[str, Any] = {
+            "step": number,
+            "phase": phase,
+            "loss": report.loss,
+            **{f"loss/{name}": value for name, value in report.terms.items()},
+            **report.health,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": report.tokens / seconds,
+            "seconds": seconds,
+        }
+        with self.metrics_file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        terms = " ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
+        logger.info("step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"])
+
+    def remember(self, name: str, value: Any) -> Any:
+        """Keep a value across a crash."""
+        write_atomic(self._draft.scratch / f"{name}.json", json.dumps(value))
+        return value
+
+    def recalled(self, name: str) -> Any:
+        """What `remember` kept, or None."""
+        file = self._draft.scratch / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def _checkpoint(self) -> None:
+        from safetensors.torch import save_file
+
+        folder = self._draft.scratch / f"checkpoint-{self._done}"
+        partial = self._draft.scratch / "checkpoint.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trainable.items():
+            tensors[f"weight/{name}"] = parameter.detach().clone()
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value.detach().clone()
+        save_file(tensors, partial / "state.safetensors")
+        write_atomic(partial / "position.json", json.dumps({"done": self._done, "identity": self._identity, "loss": self.last_loss}))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in self._draft.scratch.glob("checkpoint-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint; returns the number of steps done."""
+        from safetensors.torch import load_file
+
+        found = sorted(self._draft.scratch.glob("checkpoint-*/position.json"), key=lambda f: int(f.parent.name.split("-")[1]))
+        if not found:
+            self.metrics_file.unlink(missing_ok=True)
+            return 0
+        position = json.loads(found[-1].read_text(encoding="utf-8"))
+        if position["identity"] != self._identity:
+            logger.warning("ignoring a checkpoint of other settings in %s", found[-1].parent)
+            self.metrics_file.unlink(missing_ok=True)
+            return 0
+        tensors = load_file(found[-1].parent / "state.safetensors")
+        for name, parameter in self._trainable.items():
+            parameter.data.copy_(tensors[f"weight/{name}"])
+            self._optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
+            }
+        rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
+        write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[: position["done"]]))
+        self.last_loss = position["loss"]
+        return int(position["done"])
+
+
+def _scores(encoder: Encoder, examples: Sequence[Example]) -> dict[str, list[float]]:
+    """Cosine of each example's query with its first positive and its first negatives: what a plot shows before and after."""
+    queries = encoder.encode([example.query for example in examples], prompt="query")
+    positives = encoder.encode([example.positives[0] for example in examples], prompt="document")
+    pairs = [(row, text) for row, example in enumerate(examples) for text in example.negatives[:1]]
+    negatives = encoder.encode([text for _, text in pairs], prompt="document")
+    return {
+        "positive": [float(value) for value in (queries * positives).sum(1)],
+        "negative": [float(queries[row] @ vector) for (row, _), vector in zip(pairs, negatives, strict=True)],
+    }
+
+
+def _forget_place(folder: Path, base: str) -> None:
+    """peft writes the folder that the base was loaded from; an artifact must not depend on where it was made."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)
