@@ -177,7 +177,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from error
     try:
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f"{mark.line + 1}:{mark.column + 1}" if mark else "?"
@@ -205,16 +205,11 @@ def _apply(raw: dict[str, Any], override: str) -> Location:
     location: list[str | int] = []
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
-        key: str | int = part
+        key: Any = part
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
-                there = ".".join(map(str, location))
-                allowed = "it is empty" if not here else f"allowed: 0{'' if len(here) == 1 else f' to {len(here) - 1}'}"
-                raise ConfigError(f"--set {name}: {there} is a list, expected the position of an entry, got '{part}'; {allowed}")
-            key = int(part)
+            key = _position(here, part, name, location)
         elif not isinstance(here, dict):
-            there = ".".join(map(str, location))
-            raise ConfigError(f"--set {name}: {there} is the value {_shown(here)} and has no '{part}' below it")
+            raise ConfigError(f"--set {name}: {_dotted(location)} is the value {_shown(here)} and has no '{part}' below it")
         location.append(key)
         if last:
             if part == "kind" and isinstance(here, dict) and here.get("kind") != value:
@@ -229,6 +224,18 @@ def _apply(raw: dict[str, Any], override: str) -> Location:
         here[key] = child
         here = child
     return tuple(location)
+
+
+def _position(entries: list[Any], part: str, name: str, location: Sequence[str | int]) -> int:
+    """The entry of a list that part of an override's path means."""
+    if part.isdigit() and int(part) < len(entries):
+        return int(part)
+    allowed = "it is empty" if not entries else f"allowed: 0{'' if len(entries) == 1 else f' to {len(entries) - 1}'}"
+    raise ConfigError(f"--set {name}: {_dotted(location)} is a list, expected the position of an entry, got '{part}'; {allowed}")
+
+
+def _dotted(location: Sequence[str | int]) -> str:
+    return ".".join(map(str, location))
 
 
 # Mistakes in words
@@ -252,7 +259,12 @@ PLAIN = {
     "model_attributes_type": "expected a mapping",
     "none_required": "expected null",
 }
-BOUNDS = {"greater_than": ("gt", ">"), "greater_than_equal": ("ge", ">="), "less_than": ("lt", "<"), "less_than_equal": ("le", "<=")}
+BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
 
 
 @dataclass(frozen=True)
@@ -270,6 +282,8 @@ def _lines(error: ValidationError, raw: Mapping[str, Any], source: str, overridd
         lines.setdefault(mistake.location, []).append(mistake)
     found: list[str] = []
     for location, mistakes in lines.items():
+        if location and any(other != location and other[: len(location)] == location for other in lines):
+            continue  # a list is "too short" where its entries are wrong: the entries are what to mend
         if not location:
             found += [f"{source}: {line}" for mistake in mistakes for line in mistake.text.splitlines()]
             continue
@@ -277,7 +291,7 @@ def _lines(error: ValidationError, raw: Mapping[str, Any], source: str, overridd
         joined = " or ".join([texts[0], *(text.removeprefix("expected ") for text in texts[1:])])
         origin = "--set" if any(location[: len(place)] == place for place in overridden) else f"{source}:"
         got = next((mistake.got for mistake in mistakes if mistake.got), "")
-        found.append(f"{origin} {'.'.join(map(str, location))}: {joined}{f', got {got}' if got else ''}")
+        found.append(f"{origin} {_dotted(location)}: {joined}{f', got {got}' if got else ''}")
     return found
 
 
@@ -344,7 +358,7 @@ def _is_component(location: Location, raw: Any) -> bool:
 
 def _annotation_at(location: Location, raw: Any) -> tuple[Any, Any]:
     annotation: Any = RunConfig
-    value = raw
+    value: Any = raw
     for part in location:
         found = _model_of(annotation, value)
         if found is not None and part in found.model_fields:

@@ -71,7 +71,9 @@ class Pipeline:
             self._step("mine", "mine", config.mining, mining),
             self._step("train", "train", config.training, training),
         ]
-        steps += [self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model[who]}) for who in evaluated]
+        steps += [
+            self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model[who]}) for who in evaluated
+        ]
         steps += [
             self._step("index" if who == "tuned" else f"index {who}", "index", config.index, {"embeddings": f"encode {who}"})
             for who, indexed in evaluated.items()
@@ -102,7 +104,7 @@ class Pipeline:
         step = self.steps[name]
         new = [source for source in step.inputs.values() if source not in self.made]
         if new:
-            return Planned(step, None, f"its input {' and '.join(new)} will be new")
+            return Planned(step, None, f"{', '.join(new)} will be new")
         work = STAGES[step.stage]
         try:
             ref = self.store.find(work.stage, step.section, self._refs(step), seed=step.seed)

@@ -23,19 +23,14 @@ def setup_environment(*, ctx: Any) -> None:
     register()
 
 
-def register() -> bool:
-    """Add `run` to Prefect's commands; True if it is there afterwards and ours. Never raises, never replaces a command."""
+def register() -> None:
+    """Add `run` to Prefect's commands. Never raises, never replaces a command, and may be called again."""
     try:
         from prefect.cli._app import _app
 
-        if "run" in _app:
-            return getattr(_app, "_ullme_run", False)
-        _app.command(
-            "flows.cli:prefect_run",
-            name="run",
-            help="Run a pipeline of ullme: train-and-index.",
-        )
-        _app._ullme_run = True  # type: ignore[attr-defined]
-    except Exception:
-        return False
-    return True
+        if "run" not in _app:
+            _app.command("flows.cli:prefect_run", name="run", help="Run a pipeline of ullme: train-and-index.")
+    except Exception as error:
+        import logging
+
+        logging.getLogger(__name__).debug("`prefect run` is not available: %s", error)

@@ -86,7 +86,8 @@ class Retriever:
         missing = next((name for name in index.ids if name not in self._documents), None)
         if missing is not None:
             raise ContractError(
-                f"the index holds '{missing}', which is not a document of {dataset.path}: it was built from other data; encode and build again"
+                f"the index holds '{missing}', which is not a document of {dataset.path}: it was built from other data; "
+                "encode and build again"
             )
 
     @classmethod
@@ -108,7 +109,9 @@ class Retriever:
         index = Index.open(paths["index"], fingerprint=release.model.digest)
         encoder = Encoder.load(paths["model"], device=device)
         if encoder.dim != index.dim:
-            raise ContractError(f"the model gives vectors of dim {encoder.dim}, the index holds dim {index.dim}: they do not belong together")
+            raise ContractError(
+                f"the model gives vectors of dim {encoder.dim}, the index holds dim {index.dim}: they do not belong together"
+            )
         return cls(encoder, index, Dataset.open(paths["data"]))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -131,7 +134,7 @@ class Retriever:
         for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
             if row < 0:
                 break
-            document = self._documents[self.index.ids[row]]
+            document = self._documents[str(self.index.ids[row])]
             hits.append(
                 Hit(
                     rank=rank,

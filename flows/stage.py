@@ -44,7 +44,7 @@ def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:
 
 def open_index(path: Path, fingerprint: str) -> Index:
     """The index at `path`, refused unless `fingerprint` is that of the model that made it."""
-    return Index.open(path, fingerprint=fingerprint, device="auto")
+    return Index.open(path, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True)
@@ -145,16 +145,11 @@ def main(arguments: Sequence[str]) -> int:
             write_atomic(request.result, outcome.model_dump_json())
             return 1
         seconds = time.monotonic() - started
-        logging.getLogger("flows.stage").info("%s in %.1f s: %s", ref, seconds, _counts(ref))
+        logging.getLogger("flows.stage").info("made %s in %.1f s", ref, seconds)
         outcome.refs.append(ref)
         outcome.seconds.append(seconds)
         write_atomic(request.result, outcome.model_dump_json())
     return 0
-
-
-def _counts(ref: ArtifactRef) -> str:
-    plain = {name: value for name, value in ref.meta.items() if isinstance(value, int | float | str) and name != "fingerprint"}
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items())
 
 
 def _log_to_stdout() -> _Lines:

@@ -42,7 +42,7 @@ def leaks(model: nn.Module, *, is_causal: bool, tokens: int = 8) -> list[bool]:
         for layer in decoder_layers(model)
     ]
     was_training = model.training
-    model.eval()
+    model.eval()  # until the end: dropout would look like a leak
     try:
         device = next(model.parameters()).device
         ids = torch.arange(2, 2 + tokens, device=device).unsqueeze(0)
@@ -50,7 +50,6 @@ def leaks(model: nn.Module, *, is_causal: bool, tokens: int = 8) -> list[bool]:
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     result = []
     for layer, args, kwargs in seen:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -65,6 +64,7 @@ def leaks(model: nn.Module, *, is_causal: bool, tokens: int = 8) -> list[bool]:
             outputs.append(output[0] if isinstance(output, tuple) else output)
         first, second = (output[:, 0].float() for output in outputs)
         result.append(bool((first - second).abs().max() > 1e-6 * first.abs().max()))
+    model.train(was_training)
     return result
 
 

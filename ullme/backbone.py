@@ -147,16 +147,15 @@ def load_causal_lm(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedT
         from ullme.tiny import tiny_causal_lm
 
         model, tokenizer = tiny_causal_lm(spec.removeprefix("tiny:"))
-        return model.to(dtype), tokenizer
+        return _with_attention(model.to(dtype), config), tokenizer
     path = package_file(spec) if spec.startswith("pkg:") else Path(spec).expanduser()
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+        model, tokenizer = _load_gguf(path, dtype)
+        return _with_attention(model, config), tokenizer
     where = str(path) if path.is_dir() else spec
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, revision=config.revision, dtype=dtype, attn_implementation=config.attn_implementation
-        )
+        model = _with_attention(AutoModelForCausalLM.from_pretrained(where, revision=config.revision, dtype=dtype), config)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -164,6 +163,21 @@ def load_causal_lm(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedT
             "pkg:NAME/FILE or tiny:FAMILY"
         ) from error
     return model, tokenizer
+
+
+def _with_attention(model: PreTrainedModel, config: BackboneConfig) -> PreTrainedModel:
+    """The model with the attention it will be used with, so that what is checked is what runs.
+
+    Raises:
+        ConfigError: its architecture does not have that implementation.
+    """
+    if config.attn_implementation != "auto":
+        try:
+            model.set_attn_implementation(config.attn_implementation)
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"backbone.attn_implementation: '{config.attn_implementation}' does not work here ({reason})") from error
+    return model
 
 
 def _load_gguf(path: Path, dtype: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -117,11 +117,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
     queries = [query for split in SPLITS for query in _capped([q for q in queries if q.split == split], section, split)]
     documents = _documents(records.documents, queries, section.max_documents)
     kept = {document.id for document in documents}
-    queries = [
-        replace(query, positives={doc: query.positives[doc] for doc in query.positives if doc in kept},
-                negatives=tuple(doc for doc in query.negatives if doc in kept))
-        for query in queries
-    ]
+    queries = [replace(query, negatives=tuple(doc for doc in query.negatives if doc in kept)) for query in queries]
     _write(draft.path, documents, queries)
     draft.meta |= _counts(documents, queries) | dict(records.counts) | {"skipped": len(problems), "queries_on_two_sides": leaked}
     logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,6 +62,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.model.eval()
+        tokenizer.truncation_side = "right"  # some tokenizers cut on the left, which would take the prompt away
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
@@ -84,7 +86,7 @@ class Encoder:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
             )
-        except (OSError, ValueError, ValidationError) as error:
+        except (OSError, ValueError, ValidationError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: the model cannot be read ({str(error).splitlines()[0]})") from error
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         return cls(model.to(chosen), tokenizer, config)

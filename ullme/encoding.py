@@ -60,6 +60,7 @@ def encode(section: EncodeConfig, inputs: Inputs, draft: Draft) -> None:
     encoder = Encoder.load(inputs["model"])
     runtime = section.runtime
     starts = range(0, len(corpus), runtime.shard_rows)
+    _drop_shards_from(draft.path, len(starts))
     truncated = 0
     for number, start in enumerate(starts):
         documents = corpus[start : start + runtime.shard_rows]
@@ -172,9 +173,18 @@ def _finished(folder: Path, name: str, expected: dict[str, Any]) -> dict[str, An
     sidecar = json.loads(file.read_text(encoding="utf-8"))
     if any(sidecar.get(key) != value for key, value in expected.items()):
         return None
-    if any(sha256_file(folder / f"{name}.{suffix}") != sidecar["sha256"][suffix] for suffix in ("npy", "arrow")):
-        return None
+    for suffix in ("npy", "arrow"):
+        part = folder / f"{name}.{suffix}"
+        if not part.is_file() or sha256_file(part) != sidecar["sha256"][suffix]:
+            return None
     return sidecar
+
+
+def _drop_shards_from(folder: Path, count: int) -> None:
+    """Remove shards numbered `count` and above: an interrupted attempt may have had smaller ones."""
+    for file in folder.glob("shard-*"):
+        if int(file.name.removeprefix("shard-").partition(".")[0]) >= count:
+            file.unlink()
 
 
 def _write_shard(folder: Path, name: str, ids: Sequence[str], vectors: np.ndarray, sidecar: dict[str, Any]) -> None:

@@ -15,68 +15,28 @@ import json
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store, digest_of
+from ullme.artifacts import Draft, Inputs, Stage, Store
 from ullme.components import Component, Section, component, did_you_mean, resolve
-from ullme.data import Dataset
-from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ArtifactError, ContractError
-from ullme.lexical import BM25Searcher, LexicalConfig
-from ullme.neighbours import ExactSearcher, Neighbours, Searcher
+from ullme.lexical import LexicalConfig
 from ullme.statistics import Comparison, bootstrap_interval, paired_randomisation
+from ullme.systems import LexicalSystem, OpenIndex, System, VectorSystem
 
-if TYPE_CHECKING:
-    from ullme.encoder import Encoder
-
-__all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "OpenIndex", "System", "Task", "TextSearcher", "compare", "evaluate"]
+__all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "Task", "compare", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
-OpenIndex = Callable[[Path, str], Searcher]
-"""(index artifact, fingerprint of the model that will query it) -> its searcher."""
-
 METRICS = ("ndcg", "mrr", "recall", "map", "precision", "hit_rate")
 LEVEL = 0.95
-
-
-class TextSearcher(Protocol):
-    """Finds documents for query texts."""
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Document ids; `Neighbours.rows` are positions in it."""
-        ...
-
-    def search(self, texts: Sequence[str], k: int) -> Neighbours:
-        """The k best documents of each text."""
-        ...
-
-
-class System(Protocol):
-    """What is measured."""
-
-    @property
-    def name(self) -> str:
-        """`bm25` or `model`."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the answers may."""
-        ...
-
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
-        """`exact`, and `index` where there is one, over the run's own corpus or over `other`, a data artifact."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -151,9 +111,8 @@ class EvalConfig(Section):
             name, _, cut = metric.rpartition("_at_")
             if name not in METRICS or not cut.isdigit() or int(cut) < 1:
                 known = [f"{known}_at_{cut if cut.isdigit() else 10}" for known in METRICS]
-                raise ValueError(
-                    f"unknown metric '{metric}'; allowed: {', '.join(f'{name}_at_<k>' for name in METRICS)}{did_you_mean(metric, known)}"
-                )
+                allowed = ", ".join(f"{known}_at_<k>" for known in METRICS)
+                raise ValueError(f"unknown metric '{metric}'; allowed: {allowed}{did_you_mean(metric, known)}")
         return tuple(dict.fromkeys(metrics))
 
     @model_validator(mode="after")
@@ -180,89 +139,6 @@ def _default_tasks() -> Any:
     return (resolve("ullme.tasks", "retrieval"),)
 
 
-@dataclass(frozen=True)
-class LexicalSystem:
-    """BM25 over the corpus."""
-
-    inputs: Inputs
-    store: Store
-    config: LexicalConfig
-    name: str = "bm25"
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the settings: the method itself has no weights."""
-        return digest_of(["bm25", version("bm25s"), self.config.identity()])
-
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
-        """`exact` only."""
-        corpus = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data")).corpus()
-        return {"exact": BM25Searcher([doc.content for doc in corpus], [doc.id for doc in corpus], self.config)}
-
-
-class EncodedSearcher:
-    """Query texts through an encoder, its vectors through a searcher. A text is encoded once."""
-
-    def __init__(self, encoder: Encoder, searcher: Searcher, known: dict[str, np.ndarray]) -> None:
-        self._encoder, self._searcher, self._known = encoder, searcher, known
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Document ids in row order."""
-        return self._searcher.ids
-
-    def search(self, texts: Sequence[str], k: int) -> Neighbours:
-        """The k best documents of each text."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known.update(zip(new, self._encoder.encode(new, prompt="query"), strict=True))
-        return self._searcher.search(np.stack([self._known[text] for text in texts]), k)
-
-
-@dataclass(frozen=True)
-class VectorSystem:
-    """A model over its stored vectors, exactly and through the index where one is given."""
-
-    inputs: Inputs
-    store: Store
-    open_index: OpenIndex | None
-    name: str = "model"
-    _known: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the model artifact."""
-        return self.inputs.ref("model").digest
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The model."""
-        from ullme.encoder import Encoder
-
-        return Encoder.load(self.inputs["model"])
-
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
-        """Over the stored vectors; another corpus is encoded first (in shards that a crash does not lose)."""
-        if other is None:
-            path = self.inputs["embeddings"]
-        else:
-            refs = {"data": other, "model": self.inputs.ref("model")}
-            path = self.store.open(self.store.produce(ENCODE, EncodeConfig(), refs, seed=0), "embeddings")
-        stored = open_embeddings(path)
-        if stored.fingerprint != self.fingerprint:
-            raise ContractError(
-                f"evaluate: the embeddings were made by model {stored.fingerprint[:12]}, the model given is {self.fingerprint[:12]}; "
-                "encode the corpus with it first"
-            )
-        vectors = np.concatenate([block for _, block in stored.shards()])
-        found = {"exact": EncodedSearcher(self.encoder, ExactSearcher(vectors, stored.ids), self._known)}
-        if other is None and "index" in self.inputs:
-            if self.open_index is None:
-                raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
-            found["index"] = EncodedSearcher(self.encoder, self.open_index(self.inputs["index"], self.fingerprint), self._known)
-        return found
-
-
 def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: OpenIndex | None = None) -> None:
     """Stage: `data` (and `model` with `embeddings`, and `index`) -> report.
 
@@ -275,7 +151,8 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
     """
     if ("model" in inputs) != ("embeddings" in inputs) or ("index" in inputs and "model" not in inputs):
         raise ContractError(
-            f"evaluate: expected data alone (BM25), or data, model and embeddings, and perhaps index; got {', '.join(sorted(inputs.refs))}"
+            "evaluate: expected data alone (BM25), or data, model and embeddings, and perhaps index; "
+            f"got {', '.join(sorted(inputs.refs))}"
         )
     store = Store(draft.scratch / "store")
     system: System = VectorSystem(inputs, store, open_index) if "model" in inputs else LexicalSystem(inputs, store, section.lexical)
@@ -333,23 +210,25 @@ def compare(
     """
     reports = [_read_report(path) for path in (a, b)]
     shared = [name for name in reports[0]["scores"] if name in reports[1]["scores"]]
-    if task is None:
-        if len(shared) != 1:
-            raise ContractError(f"compare: the reports share {len(shared)} tasks ({', '.join(shared) or 'none'}); name one of them")
-        task = shared[0]
-    if task not in shared:
-        raise ContractError(f"compare: task '{task}' is not in both reports; both have: {', '.join(shared) or 'none'}")
+    named = [task] if task is not None else shared
+    if len(named) != 1 or named[0] not in shared:
+        both = ", ".join(shared) or "none"
+        raise ContractError(
+            f"compare: expected one task that both reports have (they share: {both}), got {', '.join(named) or 'none'}"
+        )
+    name = named[0]
     for part in ("queries", "corpus"):
-        first, second = (report["digests"][task][part] for report in reports)
+        first, second = (report["digests"][name][part] for report in reports)
         if first != second:
             raise ContractError(
-                f"compare: task '{task}' was measured on different {part} ({first[:12]} and {second[:12]}); evaluate both on the same data"
+                f"compare: task '{name}' was measured on different {part} ({first[:12]} and {second[:12]}); "
+                "evaluate both on the same data"
             )
-    columns = [_read_per_query(path, task, metric, through) for path in (a, b)]
-    if columns[0].keys() != columns[1].keys():
-        raise ContractError(f"compare: task '{task}' has scores of different queries in the two reports; evaluate both again")
-    order = sorted(columns[0])
-    return paired_randomisation([columns[0][name] for name in order], [columns[1][name] for name in order], seed=seed, level=LEVEL)
+    first, second = _read_per_query(a, name, metric, through), _read_per_query(b, name, metric, through)
+    if first.keys() != second.keys():
+        raise ContractError(f"compare: task '{name}' has scores of different queries in the two reports; evaluate both again")
+    order = sorted(first)
+    return paired_randomisation([first[query] for query in order], [second[query] for query in order], seed=seed, level=LEVEL)
 
 
 def _scores(measured: Mapping[str, Measured], through: str) -> dict[str, dict[str, float]]:

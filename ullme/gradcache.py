@@ -123,16 +123,17 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
         tokens += scored_tokens
 
     replay = _Replay(device)
-    cached = torch.empty(len(rows), encoder.dim, device=device)
+    pieces: list[Tensor] = []
     fits = sum(max(len(rows[position]) for position in chunk) * len(chunk) for chunk in chunks) <= chunk_tokens
     live: list[Tensor] = []
     for index, chunk in enumerate(chunks):
         with torch.set_grad_enabled(fits), replay.record(index):
             embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
-        cached[chunk] = embedded.detach()
+        pieces.append(embedded.detach())
         if fits:
             live.append(embedded)
-    cached.requires_grad_(True)
+    back = torch.tensor([position for chunk in chunks for position in chunk], device=device).argsort()
+    cached = torch.cat(pieces)[back].requires_grad_(True)
 
     representations = Representations(
         cached[: len(batch.queries)],

@@ -36,7 +36,7 @@ class LexicalConfig(Section):
     """BM25 (Lucene's form) and its tokenisation.
 
     k1: how fast repeated words saturate. b: how much long documents are discounted (0 = not at all).
-    stem: take plural endings off (Harman's S-stemmer, "How effective is suffixing?", 1991).
+    stem: take plural endings off (after Harman's S-stemmer, "How effective is suffixing?", 1991).
     stop_words: leave out the commonest English words.
     """
 
@@ -65,9 +65,7 @@ def _singular(word: str) -> str:
         return word
     if word.endswith("ies") and not word.endswith(("eies", "aies")):
         return word[:-3] + "y"
-    if word.endswith(("us", "ss")) or word.endswith(("aes", "ees", "oes")):
-        return word
-    return word[:-1]
+    return word if word.endswith(("us", "ss")) else word[:-1]
 
 
 class BM25Searcher:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ullme.pooling import at_least_float32
+
 __all__ = ["dpo", "entropy", "info_nce", "kl_alignment", "token_logprobs"]
 
 LOGIT_BYTES = 64 * 2**20
@@ -87,12 +89,12 @@ def token_logprobs(hidden: Float[Tensor, "T D"], head: nn.Module, targets: Int[T
     fused: Callable[..., Tensor] | None = getattr(functional, "linear_cross_entropy", None)
     options: Any = getattr(nn, "LinearCrossEntropyOptions", None)
     if fused is not None and options is not None and weight is not None and bias is None and len(hidden) >= hidden.shape[1]:
-        return -fused(hidden, weight, targets, reduction="none", options=options()).float()
+        return -at_least_float32(fused(hidden, weight, targets, reduction="none", options=options()))
     vocabulary = weight.shape[0] if weight is not None else head(hidden[:1]).shape[-1]
     rows = max(1, LOGIT_BYTES // (4 * vocabulary))
 
     def score(states: Tensor, wanted: Tensor) -> Tensor:
-        return -functional.cross_entropy(head(states).float(), wanted, reduction="none")
+        return -functional.cross_entropy(at_least_float32(head(states)), wanted, reduction="none")
 
     pieces = [
         checkpoint(score, hidden[start : start + rows], targets[start : start + rows], use_reentrant=False)

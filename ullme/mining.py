@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_QUERIES = 256
 MAX_REFUSED_SHARE = 0.1
+ABOVE_POSITIVE = "scores no less than a positive, kept"
 SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
 
 
@@ -160,21 +161,23 @@ class RankingMiner(Miner):
         allowed = np.array([row not in forbidden for row in candidates[0]], dtype=bool)
         rows, scores = (part[allowed][self.skip_top : self.depth] for part in candidates)
         kept = self.keep(scores, positives)
-        passed_over["too close to the positive"] += int((~kept).sum())
         seen, free = set(taken), []
-        for position in np.flatnonzero(kept):
-            key = context.keys[rows[position]]
+        for position, row in enumerate(rows):
+            key = context.keys[row]
             if key in seen:
-                passed_over["same text as another negative"] += 1
-            else:
-                seen.add(key)
+                passed_over["same text as one before"] += 1
+                continue
+            seen.add(key)  # also when it is not kept: it must not come back through a copy
+            if kept[position]:
                 free.append(position)
+            else:
+                passed_over["too close to the positive"] += 1
         if self.sampling == "random" and len(free) > self.num_negatives:
             drawn = context.random(query).choice(len(free), self.num_negatives, replace=False)
             free = [free[number] for number in sorted(drawn)]
         free = free[: self.num_negatives]
         if len(positives):
-            passed_over["suspected false negatives (kept)"] += int((scores[free] >= positives.min()).sum())
+            passed_over[ABOVE_POSITIVE] += int((scores[free] >= positives.min()).sum())
         return [(int(rows[position]), float(scores[position])) for position in free]
 
 
@@ -211,6 +214,7 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
     teachers = _teachers(section, context)
     given, taken, dropped = _given(context, section.miner)
     selection = section.miner.select(context, taken)
+    suspected = selection.passed_over.pop(ABOVE_POSITIVE, 0)
     rows = [own + mined for own, mined in zip(given, selection.chosen, strict=True)]
     _write(draft, context, rows)
     missing = [section.miner.wanted - len(mined) for mined in selection.chosen]
@@ -222,18 +226,19 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
         "pool": {"rule": section.pool, "documents": len(documents), "left_out": len(data.documents()) - len(documents)},
         "negatives": {"mined": len(mined_scores), "from_source": sum(map(len, given)), "source_dropped": dict(dropped)},
         "passed_over": dict(selection.passed_over),
+        "suspected_false_negatives": suspected,
         "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
         "teachers": teachers,
         "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
         "samples": _samples(data, context, rows),
     }
     (draft.path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    short, suspected = report["shortfall"], selection.passed_over["suspected false negatives (kept)"]
+    short = report["shortfall"]
     draft.meta |= {"queries": len(queries), "pool": len(documents), "mined": len(mined_scores), "short_queries": short["queries"]}
     draft.meta |= {"suspected_false_negatives": suspected}
     draft.meta |= {f"teacher_ndcg_at_10_{name}": teacher["ndcg_at_10"] for name, teacher in teachers.items()}
     logger.info(
-        "mine: %d negatives for %d queries from %d documents, %d from the source; %d score above a positive",
+        "mine: %d negatives for %d queries from %d documents, %d from the source; %d score no less than a positive",
         *(len(mined_scores), len(queries), len(documents), report["negatives"]["from_source"], suspected),
     )
     if short["queries"]:

@@ -1,4 +1,4 @@
-"""From token states to one vector: pure functions of (hidden, mask), computed in float32.
+"""From token states to one vector: pure functions of (hidden, mask), computed in float32 (in float64 if given that).
 
 hidden: Float[B S D]; mask: Bool[B S], True = this token counts. Padding may stand on either side. No function edits its
 arguments. A row without any counted token is a ContractError: it would have no meaning.
@@ -14,36 +14,43 @@ from torch import Tensor
 
 from ullme.errors import ContractError
 
-__all__ = ["POOLINGS", "pool"]
+__all__ = ["POOLINGS", "at_least_float32", "pool"]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision upcast to float32; wider types as they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
     """Average over the counted tokens."""
-    weights = mask.unsqueeze(-1).float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1)
+    hidden = at_least_float32(hidden)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def weighted_mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
     """Average with weights 1, 2, 3 ... over the counted tokens (SGPT, arXiv 2202.08904, eq. 2)."""
-    weights = (mask.long().cumsum(1) * mask).unsqueeze(-1).float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1)
+    hidden = at_least_float32(hidden)
+    weights = (mask.long().cumsum(1) * mask).unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def last(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
     """State of the last counted token."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     index = torch.where(mask, positions, -1).amax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), index].float()
+    return at_least_float32(hidden[torch.arange(len(hidden), device=hidden.device), index])
 
 
 def first(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
     """State of the first counted token."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)].float()
+    return at_least_float32(hidden[torch.arange(len(hidden), device=hidden.device), mask.long().argmax(1)])
 
 
 def maximum(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
     """Largest value of each dimension over the counted tokens."""
-    return hidden.float().masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1)
+    return at_least_float32(hidden).masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(1)
 
 
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -86,9 +86,8 @@ def _vector(name: str, values: ArrayLike) -> np.ndarray:
     if array.ndim != 1 or len(array) == 0:
         raise ContractError(f"{name}: expected a vector of at least one score, got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ContractError(
-            f"{name}: expected finite scores, got NaN or infinity at position {int(np.flatnonzero(~np.isfinite(array))[0])}"
-        )
+        where = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ContractError(f"{name}: expected finite scores, got {array[where]} at position {where}")
     return array
 
 

@@ -389,9 +389,11 @@ def _scores(encoder: Encoder, examples: Sequence[Example]) -> dict[str, list[flo
 
 
 def _forget_place(folder: Path, base: str) -> None:
-    """peft writes the folder that the base was loaded from; an artifact must not depend on where it was made."""
+    """peft writes the folder that the base was loaded from, and sets in hash order; an artifact must depend on neither."""
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)

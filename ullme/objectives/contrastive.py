@@ -30,6 +30,8 @@ class Contrastive(Objective):
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """One term, `contrastive`."""
         del generation
+        import torch
+
         from ullme.losses import info_nce
 
         similarity = representations.queries @ representations.documents.T
@@ -37,7 +39,9 @@ class Contrastive(Objective):
         loss = info_nce(similarity, representations.target, ignored, temperature=self.temperature).mean()
         if self.symmetric:
             backward = similarity[:, representations.target].T
-            mirrored = representations.known[:, representations.target].T
-            diagonal = representations.target.new_tensor(range(len(backward)))
+            target = representations.target
+            diagonal = torch.arange(len(target), device=target.device)
+            shared = (target.unsqueeze(0) == target.unsqueeze(1)) & (diagonal.unsqueeze(0) != diagonal.unsqueeze(1))
+            mirrored = representations.known[:, target].T | shared
             loss = (loss + info_nce(backward, diagonal, mirrored, temperature=self.temperature).mean()) / 2
         return {"contrastive": loss}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ullme.artifacts import digest_of
 from ullme.errors import DataError
@@ -45,16 +45,23 @@ class PyDocs(Source):
 
     roots: tuple[Path, ...] = ()
     candidates: Literal["test", "all"] = "all"
-    test_share: Share = 0.25
+    test_share: Share = 0.3
     dev_share: Share = 0.07
-    salt: str = "22"
+    salt: str = "441"
     min_words: Annotated[int, Field(ge=1)] = 3
     max_summary_chars: Annotated[int, Field(ge=20)] = 300
     max_source_chars: Annotated[int, Field(ge=100)] = 8000
 
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> PyDocs:
+        if self.dev_share + self.test_share >= 1:
+            raise ValueError(f"dev_share + test_share must be below 1, got {self.dev_share + self.test_share:g}")
+        return self
+
     def fingerprint(self) -> str:
         """Digest of the Python version and of every file that is read."""
-        files = [(str(path.relative_to(root)), path) for root in self._roots() for path in _python_files(root)]
+        roots = list(enumerate(self._roots()))
+        files = [(f"{number}/{path.relative_to(root).as_posix()}", path) for number, root in roots for path in _python_files(root)]
         return digest_of([platform.python_version(), digest_files(files)])
 
     def read(self, problems: Problems) -> Records:  # noqa: ARG002 - code that does not parse is passed over, as Python itself does
@@ -67,7 +74,7 @@ class PyDocs(Source):
         groups = _groups(functions)
         documents, queries, moved = [], [], 0
         for group in groups:
-            side: Split = max((self.split_of(function.module) for function in group), key=SPLITS.index)
+            side = SPLITS[max(SPLITS.index(self.split_of(function.module)) for function in group)]
             kept = [function for function in group if self.split_of(function.module) == side]
             moved += len(group) - len(kept)
             searchable = self.candidates == "all" or side == "test"
@@ -83,8 +90,8 @@ class PyDocs(Source):
         return Records(sorted(documents, key=lambda document: document.id), sorted(queries, key=lambda query: query.id), counts)
 
     def split_of(self, module: str) -> Split:
-        """The split that a top-level module belongs to."""
-        share = hash_share(module, self.salt)
+        """The split that a top-level module belongs to; a private twin (`_pydatetime`, `_strptime`) goes by its public name."""
+        share = hash_share(module.removeprefix("_py").lstrip("_"), self.salt)
         return "test" if share < self.test_share else "dev" if share < self.test_share + self.dev_share else "train"
 
     def _roots(self) -> list[Path]:

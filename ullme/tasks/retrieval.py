@@ -6,16 +6,18 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from ullme.artifacts import digest_of
 from ullme.data import PREPARE, DataConfig, Dataset, Document, Query
 from ullme.errors import ContractError, DataError
-from ullme.evaluation import Evaluation, Measured, Task, TextSearcher
+from ullme.evaluation import Evaluation, Measured, Task
 from ullme.neighbours import MISSING_ROW
 from ullme.records import Split
+from ullme.systems import TextSearcher
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTaskRetrieval
@@ -34,12 +36,22 @@ class RetrievalTask(Task):
     """Queries of one split against the searchable documents.
 
     path: a folder in BEIR's layout in place of the run's own data; its corpus is encoded for the occasion and searched
-    exactly. source_digest: fingerprint of that folder's contents, filled in by `resolved()`.
+    exactly. qrels: the file of its qrels/ to use, by default the one called like the split. on_bad_record: published
+    collections hold empty documents, so by default these are left out, with a warning.
+    source_digest: fingerprint of that folder's contents, filled in by `resolved()`.
     """
 
     path: Path | None = None
     split: Split = "test"
+    qrels: str = ""
+    on_bad_record: Literal["fail", "skip"] = "skip"
     source_digest: str = ""
+
+    @model_validator(mode="after")
+    def _qrels_need_a_folder(self) -> RetrievalTask:
+        if self.qrels and self.path is None:
+            raise ValueError("qrels names a file of the folder `path`, and there is no path; set path, or leave qrels out")
+        return self
 
     @property
     def label(self) -> str:
@@ -52,8 +64,9 @@ class RetrievalTask(Task):
         return self if self.path is None else self.model_copy(update={"source_digest": self._other().source_digest})
 
     def _other(self) -> DataConfig:
-        source = {"kind": "beir", "path": str(self.path)}
-        return DataConfig.model_validate({"source": source, "source_digest": self.source_digest}).resolved()
+        source = {"kind": "beir", "path": str(self.path), "splits": {self.split: self.qrels or self.split}}
+        fields = {"source": source, "on_bad_record": self.on_bad_record, "source_digest": self.source_digest}
+        return DataConfig.model_validate(fields).resolved()
 
     def run(self, evaluation: Evaluation) -> Measured:
         """Search, and let mteb score what was found.
@@ -79,7 +92,7 @@ class RetrievalTask(Task):
             runs[through] = _search(searcher, queries, section.top_k)
             task = _mteb_task(self.label, corpus, queries, qrels, cuts=section.cuts, main_score=section.metrics[0])
             scores[through], details = _score(task, runs[through], meta)
-            scores[through] = {metric: scores[through][metric] for metric in section.metrics}
+            scores[through] = {metric: round(scores[through][metric], 5) for metric in section.metrics}
             per_query[through] = {
                 metric: np.array([_value(metric, query.id, details, runs[through], qrels) for query in queries])
                 for metric in section.metrics
@@ -121,7 +134,7 @@ def _judged(queries: Sequence[Query], corpus: Sequence[Document], label: str) ->
 
 
 def _search(searcher: TextSearcher, queries: Sequence[Query], top_k: int) -> Run:
-    ids = searcher.ids
+    ids = [str(name) for name in searcher.ids]
     found = searcher.search([query.text for query in queries], min(top_k, len(ids)))
     return {
         query.id: {ids[row]: float(score) for row, score in zip(rows, scores, strict=True) if row != MISSING_ROW}
@@ -202,7 +215,7 @@ def _mteb_task(
             eval_langs=["eng-Latn"],
             main_score=main_score,
         )
-        k_values = tuple(cuts)
+        k_values = tuple(sorted({1, *cuts}))  # mteb always reads Recall@1
 
         def load_data(self, num_proc: int | None = None, **_: Any) -> None:  # noqa: ARG002 - mteb's signature
             if self.data_loaded:
@@ -232,6 +245,7 @@ def _score(task: Any, run: Run, meta: ModelMeta) -> tuple[dict[str, float], dict
     """(mteb's aggregate scores, its per-query scores). No cache: the store is the one truth about what was measured."""
     import mteb
 
+    logging.getLogger("mteb").setLevel(logging.WARNING)
     results = mteb.evaluate(
         FinishedSearch(run, meta),  # type: ignore[arg-type]
         task,
@@ -240,4 +254,5 @@ def _score(task: Any, run: Run, meta: ModelMeta) -> tuple[dict[str, float], dict
         show_progress_bar=False,
         encode_kwargs={"batch_size": 1},
     )
-    return results.task_results[0].scores["test"][0], task.per_query
+    scores: Any = results.task_results[0].scores["test"][0]
+    return dict(scores), task.per_query

@@ -1,0 +1,180 @@
+"""The end of a run: its summary as JSON, as a table on the terminal, and as plots."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.pipeline import Pipeline
+from flows.tracking import Promotion
+from ullme.artifacts import ArtifactRef
+from ullme.data import Dataset
+from ullme.evaluation import compare
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["page_rows", "plot", "show", "summarise"]
+
+ORDER = ("base", "tuned", "champion", "bm25")
+QUESTION_CHARACTERS = 90
+
+
+def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotion, *, seconds: float) -> dict[str, Any]:
+    """What a run did and found, as plain JSON.
+
+    scores, intervals: system -> task -> metric; index_scores, index_intervals: the same through the index. queries,
+    documents: task -> count. comparisons: the tuned model against each other system by the promotion's metric. stages:
+    name -> status (reused | ran), seconds, artifact. released: name, version, champion, why, model and index.
+    """
+    config = pipeline.config
+    refs = pipeline.reports()
+    reports = {system: json.loads((ref.path / "report.json").read_text(encoding="utf-8")) for system, ref in refs.items()}
+    tuned = reports["tuned"]
+    comparisons = {}
+    for system in reports:
+        if system != "tuned":
+            found = compare(refs["tuned"].path, refs[system].path, config.promotion.metric, task=config.decisive_task)
+            comparisons[system] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
+    return {
+        "scores": {system: report["scores"] for system, report in reports.items()},
+        "intervals": {system: report["intervals"] for system, report in reports.items()},
+        "index_scores": {system: report["index_scores"] for system, report in reports.items() if report["index_scores"]},
+        "index_intervals": {system: report["index_intervals"] for system, report in reports.items() if report["index_scores"]},
+        "queries": tuned["queries"],
+        "documents": tuned["documents"],
+        "controls": tuned["controls"],
+        "metric": config.promotion.metric,
+        "task": config.decisive_task,
+        "comparisons": comparisons,
+        "stages": dict(stages),
+        "released": {
+            **promotion.model_dump(mode="json"),
+            "model": str(pipeline.made["train"]),
+            "index": str(pipeline.made["index"]),
+        },
+        "question": _question(pipeline),
+        "store": str(config.store),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _question(pipeline: Pipeline) -> str:
+    """A question nobody trained on, to try the search with."""
+    queries = Dataset.open(pipeline.made["data"].path).queries("test")
+    text = " ".join(queries[0].text.split()) if queries else "your question"
+    return text if len(text) <= QUESTION_CHARACTERS else text[:QUESTION_CHARACTERS].rsplit(" ", 1)[0]
+
+
+def page_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per task and metric; a column per system, `0.392 [0.351, 0.433]`."""
+    rows = []
+    for task, metrics in summary["scores"]["tuned"].items():
+        for metric in metrics:
+            row: dict[str, Any] = {"task": task, "metric": metric}
+            for title, scores, intervals in _columns(summary):
+                row[title] = _cell(scores, intervals, task, metric)
+            rows.append(row)
+    return rows
+
+
+def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    columns = []
+    for system in ORDER:
+        if system in summary["scores"]:
+            columns.append((system, summary["scores"][system], summary["intervals"][system]))
+            if system in summary["index_scores"]:
+                columns.append((f"{system} (index)", summary["index_scores"][system], summary["index_intervals"][system]))
+    return columns
+
+
+def _cell(scores: Mapping[str, Any], intervals: Mapping[str, Any], task: str, metric: str) -> str:
+    value = scores.get(task, {}).get(metric)
+    if value is None:
+        return "-"
+    low, high = intervals.get(task, {}).get(metric, (None, None))
+    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def show(summary: Mapping[str, Any], console: Console, *, search: str) -> None:
+    """Print the end of a run. search: options of the `ullme search` command that finds this release."""
+    from rich.table import Table
+
+    for task, queries in summary["queries"].items():
+        title = f"{task}: {queries} queries, {summary['documents'][task]} documents; mean [95% interval]"
+        table = Table(title=title, title_justify="left")
+        table.add_column("metric")
+        rows = [row for row in page_rows(summary) if row["task"] == task]
+        for name in [name for name in rows[0] if name not in ("task", "metric")]:
+            table.add_column(name, justify="right", no_wrap=False)
+        for row in rows:
+            table.add_row(*(cell.replace(" [", "\n[").replace("[", "\\[") for name, cell in row.items() if name != "task"))
+        console.print(table)
+        controls = ", ".join(f"{name} {value:.3f}" for name, value in summary["controls"].get(task, {}).items())
+        if controls:
+            console.print(f"control of {task}: {controls}", highlight=False)
+    for system, found in summary["comparisons"].items():
+        console.print(
+            f"tuned - {system}: {summary['metric']} {found['difference']:+.3f} "
+            f"\\[{found['low']:+.3f}, {found['high']:+.3f}], p {found['p']:.4f}",
+            highlight=False,
+        )
+    stages = Table(title="stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("stage", "", "seconds", "artifact"):
+        stages.add_column(column, justify="right" if column == "seconds" else "left")
+    for name, stage in summary["stages"].items():
+        stages.add_row(name, stage["status"], f"{stage['seconds']:.1f}", stage["artifact"])
+    console.print(stages)
+    released = summary["released"]
+    state = "new champion" if released["promoted"] else "champion as before" if released["champion"] else "not the champion"
+    version = f"{released['name']} version {released['version']}" + ("" if released["created"] else " (there already)")
+    console.print(f"released: {version}, {state}: {released['why']}", highlight=False, markup=False)
+    console.print(f"{summary['seconds']:.0f} s in all", highlight=False)
+    alias = "" if released["champion"] else " --alias challenger"
+    console.print(
+        f"try: ullme search {shlex.quote(summary['question'])}{search}{alias}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def plot(folder: Path, summary: Mapping[str, Any], model: ArtifactRef) -> None:
+    """Write loss.png, scores_before_after.png and scores.png. model: the tuned model, whose `logs/` has the first two's numbers."""
+    from matplotlib.figure import Figure
+
+    metrics = model.path / "logs" / "metrics.jsonl"
+    if metrics.is_file():
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in [
+            name for name in dict.fromkeys(key for row in rows for key in row) if name == "loss" or name.startswith("loss/")
+        ]:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=2 if name == "loss" else 1)
+        axes.set(xlabel="step", ylabel="loss", title="Loss by term")
+        axes.legend()
+        figure.savefig(folder / "loss.png", dpi=120)
+    scores = model.path / "logs" / "scores.json"
+    if scores.is_file():
+        found = json.loads(scores.read_text(encoding="utf-8"))
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        for axes, when in zip(figure.subplots(1, 2, sharex=True), ("before", "after"), strict=True):
+            for name in ("positive", "negative"):
+                if found[when][name]:
+                    axes.hist(found[when][name], bins=20, alpha=0.6, label=name)
+            axes.set(title=f"{when} training", xlabel="cosine with the query", ylabel="pairs")
+            axes.legend()
+        figure.savefig(folder / "scores_before_after.png", dpi=120)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    task, metric = summary["task"], summary["metric"]
+    bars = [
+        (title, scores[task][metric], intervals[task][metric]) for title, scores, intervals in _columns(summary) if task in scores
+    ]
+    values = [value for _, value, _ in bars]
+    errors = [[max(0.0, value - low) for _, value, (low, _) in bars], [max(0.0, high - value) for _, value, (_, high) in bars]]
+    axes.bar([title for title, _, _ in bars], values, yerr=errors, capsize=4)
+    axes.set(ylabel=metric, title=f"{task}, {summary['queries'][task]} queries, 95% intervals")
+    figure.savefig(folder / "scores.png", dpi=120)

@@ -1,0 +1,455 @@
+"""MLflow: a run per pipeline, a child run per stage, data sets, plots, and the registry that decides what is released.
+
+mlflow is imported when a run starts, never before a configuration is found to be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.retriever import Release
+from ullme.artifacts import ArtifactRef
+from ullme.components import Section
+from ullme.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Promotion", "PromotionConfig", "Registry", "Tracker", "TrackingConfig", "Version", "promote"]
+
+logger = logging.getLogger(__name__)
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+POLL_S = 2.0
+PARAMETERS_PER_CALL, METRICS_PER_CALL = 90, 900
+PARAMETER_CHARACTERS, TAG_CHARACTERS = 5_000, 4_900
+
+
+class TrackingConfig(Section):
+    """Where runs are recorded and under which name model and index are released.
+
+    uri: of an MLflow server or database; empty means SQLite inside the store, artifacts beside it.
+    """
+
+    uri: str = ""
+    experiment: str = Field(default="ullme", min_length=1)
+    model_name: str = Field(default="ullme", min_length=1, pattern=r"^[^/:]+$")
+
+    def address(self, store: Path) -> str:
+        """The URI, with the default filled in."""
+        return self.uri or f"sqlite:///{store / 'mlflow.db'}"
+
+
+class PromotionConfig(Section):
+    """When the released champion changes: better than the present one on the same queries and corpus, by more than chance.
+
+    task: empty means the first of `evaluation.tasks`. through: compare exact search, or search through the index.
+    alpha: largest p of the paired randomisation test.
+    """
+
+    metric: str = "ndcg_at_10"
+    task: str = ""
+    through: Literal["exact", "index"] = "exact"
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+
+
+class Promotion(BaseModel):
+    """What became of a release.
+
+    promoted: the alias `champion` was moved to it. champion: it holds the alias now. created: it is a new version, not one
+    that was there with the same model, index and data.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    promoted: bool
+    champion: bool
+    created: bool
+    name: str
+    version: int
+    why: str
+    difference: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version and what it releases."""
+
+    name: str
+    number: int
+    release: Release
+
+
+class Registry:
+    """Releases under one name of an MLflow model registry."""
+
+    def __init__(self, client: MlflowClient, name: str) -> None:
+        self._client, self.name = client, name
+
+    @classmethod
+    def at(cls, config: TrackingConfig, store: Path) -> Registry:
+        """The registry that a configuration names.
+
+        Raises:
+            ConfigError: it cannot be reached.
+        """
+        return cls(_client(config.address(store)), config.model_name)
+
+    def holder(self, alias: str) -> Version | None:
+        """The version that holds an alias, or None.
+
+        Raises:
+            ArtifactError: the version was not made by this project.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_model_version_by_alias(self.name, alias)
+        except MlflowException:
+            return None
+        return self._version(found)
+
+    def champion(self) -> Version | None:
+        """The version that is in use."""
+        return self.holder(CHAMPION)
+
+    def find(self, release: Release) -> Version | None:
+        """The version that releases this model with this index and data, or None."""
+        found = self._client.search_model_versions(f"name='{self.name}'")
+        same = [version for version in found if release.digests.items() <= version.tags.items()]
+        return self._version(min(same, key=lambda version: int(version.version))) if same else None
+
+    def register(self, release: Release, *, run_id: str | None) -> Version:
+        """A new version: a models-from-code wrapper with a release.json of references. It becomes the challenger."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        bare = release.bare()
+        text = bare.model_dump_json(indent=1)
+        with tempfile.TemporaryDirectory(prefix="ullme-") as folder, _quiet():
+            file = Path(folder) / "release.json"
+            file.write_text(text, encoding="utf-8")
+            with mlflow.start_run(run_id=run_id) if run_id else contextlib.nullcontext():
+                logged = mlflow.pyfunc.log_model(
+                    name="retriever",
+                    python_model=str(Path(__file__).with_name("model.py")),
+                    artifacts={"release": str(file)},
+                    pip_requirements=["ullme"],
+                )
+        with contextlib.suppress(MlflowException):
+            self._client.create_registered_model(self.name)
+        tags = {**release.digests, "release": bare.model_dump_json()[:TAG_CHARACTERS]}
+        made = self._client.create_model_version(
+            self.name, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id, await_creation_for=0
+        )
+        self._client.set_registered_model_alias(self.name, CHALLENGER, made.version)
+        return Version(self.name, int(made.version), bare)
+
+    def crown(self, version: Version) -> None:
+        """Move the alias `champion` to a version; it is no longer the challenger."""
+        self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
+        challenger = self.holder(CHALLENGER)
+        if challenger is not None and challenger.number == version.number:
+            self._client.delete_registered_model_alias(self.name, CHALLENGER)
+
+    def _version(self, found: Any) -> Version:
+        try:
+            release = Release.model_validate_json(found.tags["release"])
+        except (KeyError, ValueError) as error:
+            raise ArtifactError(
+                f"version {found.version} of '{self.name}' was not released by this project (no tag `release`); choose another "
+                "tracking.model_name"
+            ) from error
+        return Version(self.name, int(found.version), release)
+
+
+def promote(
+    registry: Registry,
+    release: Release,
+    reports: Mapping[str, Path],
+    *,
+    rule: PromotionConfig,
+    pinned: bool = True,
+    run_id: str | None = None,
+) -> Promotion:
+    """Register a release, and make it the champion if it is better than what is in use.
+
+    It is compared with the present champion, or where there is none with its own base model, by per-query scores on the
+    same queries and corpus. The same model, index and data are never registered twice.
+
+    Args:
+        registry: where.
+        release: model, index and data.
+        reports: report artifacts: `tuned`, `base`, and `champion` where the champion is another model.
+        rule: what decides.
+        pinned: False forbids a promotion: the base model may change under its name.
+        run_id: MLflow run that the version belongs to.
+
+    Raises:
+        ContractError: the reports are not of the same queries and corpus.
+    """
+    from ullme.evaluation import compare
+
+    version = registry.find(release)
+    created = version is None
+    if version is None:
+        version = registry.register(release, run_id=run_id)
+    champion = registry.champion()
+
+    def outcome(why: str, *, promoted: bool = False, difference: float | None = None, p: float | None = None) -> Promotion:
+        if promoted:
+            registry.crown(version)
+        holds = promoted or (champion is not None and champion.number == version.number)
+        return Promotion(
+            promoted=promoted,
+            champion=holds,
+            created=created,
+            name=version.name,
+            version=version.number,
+            why=why,
+            difference=difference,
+            p=p,
+        )
+
+    if champion is not None and champion.number == version.number:
+        return outcome(f"version {version.number} is the champion already: same model, index and data")
+    if not pinned:
+        return outcome("backbone.revision is not set, so the base model may change between runs; pin it to allow a promotion")
+    if champion is None:
+        rival, other = "its base model (there is no champion yet)", reports["base"]
+    elif champion.release.model.digest == release.model.digest:
+        rival, other = f"champion version {champion.number}, which is the same model with another index or data", reports["tuned"]
+    elif "champion" in reports:
+        rival, other = f"champion version {champion.number}", reports["champion"]
+    else:
+        return outcome(
+            f"champion version {champion.number} could not be measured, its artifacts are gone; "
+            "move the alias by hand if that is right"
+        )
+    found = compare(reports["tuned"], other, rule.metric, task=rule.task or None, through=rule.through)
+    better = found.p < rule.alpha and found.difference > 0
+    verdict = "better than" if better else "worse than" if found.p < rule.alpha else "a tie (no more than chance) with"
+    numbers = (
+        f"{rule.metric} {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}, {found.queries} queries"
+    )
+    return outcome(f"{verdict} {rival}: {numbers}", promoted=better, difference=found.difference, p=found.p)
+
+
+# Runs
+
+
+class StageRun:
+    """The MLflow run of one stage."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client, self.run_id = client, run_id
+
+    def finish(self, ref: ArtifactRef, *, seconds: float, reused: bool) -> None:
+        """Record what came of it."""
+        numbers = {"seconds": seconds, **_numbers(ref.meta)}
+        _log(self._client, self.run_id, metrics=[(name, value, 0) for name, value in numbers.items()])
+        for name, value in {"artifact": str(ref), "digest": ref.digest, "uri": ref.uri, "reused": str(reused).lower()}.items():
+            self._client.set_tag(self.run_id, name, value)
+
+    def history(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Metrics of training steps: every finite number of a row under its name."""
+        values = [
+            (name, value, int(row["step"]))
+            for row in rows
+            for name, value in _numbers(row).items()
+            if name != "step" and math.isfinite(value)
+        ]
+        _log(self._client, self.run_id, metrics=values)
+
+
+class Tracker:
+    """The MLflow run of one pipeline. Use as a context manager; an exception marks the run as failed."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
+        """Use `Tracker.start`."""
+        self._client, self._experiment = client, experiment_id
+        self.run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+
+    @classmethod
+    def start(cls, config: TrackingConfig, store: Path, name: str) -> Tracker:
+        """Begin a run.
+
+        Raises:
+            ConfigError: the tracking server or database cannot be used.
+        """
+        from mlflow.exceptions import MlflowException
+
+        client = _client(config.address(store))
+        try:
+            found = client.get_experiment_by_name(config.experiment)
+            if found is not None:
+                return cls(client, found.experiment_id, name)
+            place = None if config.uri else (store / "mlartifacts").as_uri()
+            return cls(client, client.create_experiment(config.experiment, artifact_location=place), name)
+        except MlflowException as error:
+            raise ConfigError(f"tracking.uri: {config.address(store)} cannot be used ({str(error).splitlines()[0]})") from error
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        stopped = kind is not None and not issubclass(kind, Exception)
+        self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """The resolved configuration: flat parameters, and a YAML file."""
+        import yaml
+
+        flat = list(_flat(values))
+        _log(self._client, self.run_id, params=flat)
+        self._client.log_text(self.run_id, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), "config.yaml")
+
+    def data(self, ref: ArtifactRef) -> None:
+        """The data set that everything follows from, with its digest."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        profile = json.dumps(_numbers(ref.meta))
+        dataset = Dataset(
+            name=str(ref), digest=ref.digest[:32], source_type="local", source=json.dumps({"uri": ref.uri}), profile=profile
+        )
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "data")])])
+
+    @contextlib.contextmanager
+    def stage(self, name: str, section: Mapping[str, Any], *, history: Path | None = None) -> Iterator[StageRun]:
+        """The child run of a stage. Rows appended to the JSON lines file `history` are forwarded while it lasts."""
+        tags = {"mlflow.parentRunId": self.run_id}
+        run = StageRun(self._client, self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id)
+        _log(self._client, run.run_id, params=list(_flat(section)))
+        status = "FAILED"
+        try:
+            with _forwarded(history, run) if history else contextlib.nullcontext():
+                yield run
+            status = "FINISHED"
+        except Exception:
+            raise
+        except BaseException:
+            status = "KILLED"
+            raise
+        finally:
+            self._client.set_terminated(run.run_id, status)
+
+    def scores(self, values: Mapping[str, float]) -> None:
+        """Final numbers of the pipeline's run."""
+        _log(self._client, self.run_id, metrics=[(name, value, 0) for name, value in values.items()])
+
+    def files(self, folder: Path) -> None:
+        """Log every file of a folder."""
+        self._client.log_artifacts(self.run_id, str(folder))
+
+
+@contextlib.contextmanager
+def _forwarded(file: Path, run: StageRun) -> Iterator[None]:
+    """Forward what is appended to `file`. Trouble with the server loses live metrics, never the training."""
+    stop = threading.Event()
+    seen = 0
+
+    def forward() -> None:
+        nonlocal seen
+        while True:
+            last = stop.is_set()
+            rows = _rows(file)
+            if len(rows) < seen:
+                seen = 0  # the stage started over
+            try:
+                run.history(rows[seen:])
+                seen = len(rows)
+            except Exception as error:
+                logger.warning("metrics are not forwarded: %s", str(error).splitlines()[0])
+            if last:
+                return
+            stop.wait(POLL_S)
+
+    thread = threading.Thread(target=forward, name="forward metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """Complete rows of a JSON lines file that is being written."""
+    if not file.is_file():
+        return []
+    with contextlib.suppress(OSError):
+        text = file.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    return []
+
+
+def _client(uri: str) -> MlflowClient:
+    with _quiet():
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if uri.startswith("sqlite:///"):
+                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
+            client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)  # opens the database, or asks the server
+        except (MlflowException, OSError) as error:
+            raise ConfigError(f"tracking.uri: {uri} cannot be used ({str(error).splitlines()[0]})") from error
+    return client
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """mlflow and alembic tell of every table they make and every model they log; only warnings are for people."""
+    for name in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    yield
+    for name in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # mlflow configures its own loggers while it is imported
+
+
+def _log(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    metrics: Sequence[tuple[str, float, int]] = (),
+    params: Sequence[tuple[str, str]] = (),
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    for start in range(0, len(params), PARAMETERS_PER_CALL):
+        batch = [Param(name, value) for name, value in params[start : start + PARAMETERS_PER_CALL]]
+        client.log_batch(run_id, params=batch)
+    for start in range(0, len(metrics), METRICS_PER_CALL):
+        batch = [Metric(name, value, now, step) for name, value, step in metrics[start : start + METRICS_PER_CALL]]
+        client.log_batch(run_id, metrics=batch)
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    entries = values.items() if isinstance(values, Mapping) else enumerate(values)
+    for name, value in entries:
+        path = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(value, Mapping | list | tuple) and value:
+            yield from _flat(value, path)
+        else:
+            yield path, str(value)[:PARAMETER_CHARACTERS]
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
