@@ -153,7 +153,7 @@ class Encoder:
             is_causal=self.config.attention == "causal",
             use_cache=False,
         ).last_hidden_state
-        return pool(self.config.pooling, hidden, batch.pooled_mask)
+        return pool(self.config.pooling, hidden, batch.pooled_mask, batch.attention_mask)
 
     def encode(self, texts: Sequence[str], *, prompt: Role = "query", batch_tokens: int = 16_384) -> np.ndarray:
         """Texts -> float32 [N D], unit norm, in the order given."""
@@ -164,15 +164,15 @@ class Encoder:
             vectors[positions] = block
         return vectors
 
-    @torch.inference_mode()
     def encode_rows(self, rows: Sequence[TokenRow], *, batch_tokens: int) -> Iterator[tuple[list[int], np.ndarray]]:
         """(positions, float32 vectors) per batch: sorted by length, cut by token budget."""
         was_training = self.model.training
         self.model.eval()
         try:
             for positions in chunk_by_tokens([len(row) for row in rows], batch_tokens):
-                batch = self.collate([rows[position] for position in positions])
-                yield positions, self.embed(batch).cpu().numpy()
+                with torch.inference_mode():  # not around the yield: the caller's own work is not part of it
+                    vectors = self.embed(self.collate([rows[position] for position in positions]))
+                yield positions, vectors.cpu().numpy()
         finally:
             self.model.train(was_training)
 

@@ -29,10 +29,15 @@ def mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def weighted_mean(hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
-    """Average with weights 1, 2, 3 ... over the counted tokens (SGPT, arXiv 2202.08904, eq. 2)."""
+def weighted_mean(
+    hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"], attended: Bool[Tensor, "B S"] | None = None
+) -> Float[Tensor, "B D"]:
+    """Average of the counted tokens, each weighted by its position 1, 2, 3 ... in the row (SGPT, arXiv 2202.08904, eq. 2).
+
+    attended: the tokens that have a position, prompt included (as sentence-transformers counts them); by default `mask`.
+    """
     hidden = at_least_float32(hidden)
-    weights = (mask.long().cumsum(1) * mask).unsqueeze(-1).to(hidden.dtype)
+    weights = ((mask if attended is None else attended).long().cumsum(1) * mask).unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
@@ -62,8 +67,10 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def pool(kind: str, hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B D"]:
-    """Pool by name and normalise to unit length.
+def pool(
+    kind: str, hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"], attended: Bool[Tensor, "B S"] | None = None
+) -> Float[Tensor, "B D"]:
+    """Pool by name and normalise to unit length. `attended` (mask and prompt) gives the positions of `weighted_mean`.
 
     Raises:
         ContractError: a row without any counted token, or an unknown name.
@@ -72,4 +79,5 @@ def pool(kind: str, hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"]) -
         raise ContractError(f"pooling: expected one of {', '.join(POOLINGS)}, got '{kind}'")
     if not bool(mask.any(1).all()):
         raise ContractError("pooling: every row must keep at least one token that is neither padding nor prompt")
-    return torch.nn.functional.normalize(POOLINGS[kind](hidden, mask), dim=-1)
+    pooled = weighted_mean(hidden, mask, attended) if kind == "weighted_mean" else POOLINGS[kind](hidden, mask)
+    return torch.nn.functional.normalize(pooled, dim=-1)

@@ -73,6 +73,7 @@ def test_an_input_without_gradient_still_trains_the_first_layer() -> None:
             assert torch.allclose(got.grad, expected.grad)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # peft: such an adapter cannot be merged
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_what_is_not_plain_is_left_to_peft(settings: dict[str, Any]) -> None:
     model = adapted(torch.float32, **settings)

@@ -44,7 +44,7 @@ def test_every_train_query_gets_negatives_that_training_can_read(store: Store, d
     ref = mined(store, {"data": dates}, miner={"kind": "bm25", "num_negatives": 2})
     rows = rows_of(ref)
     assert set(rows) == set(QRELS["train"])
-    assert rows == {"q1": ["free"], "q2": ["mean", "open"], "q3": ["free", "sum"]} or all(rows.values())
+    assert rows == {"q1": ["free"], "q2": ["mean"], "q3": ["free"]}
     examples = {example.query_id: example for example in read_examples(dates.path, ref.path)}
     for name, example in examples.items():
         assert list(example.negative_ids) == rows[name]
@@ -123,11 +123,17 @@ def test_the_teacher_is_measured_on_as_many_queries_as_asked(store: Store, dates
     assert report_of(mined(store, {"data": dates}, teacher_queries=2))["teachers"]["bm25"]["queries"] == 2
 
 
-def test_an_untrained_teacher_below_bm25_is_called_so(store: Store, dates: ArtifactRef, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_untrained_teacher_below_bm25_is_called_so(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("bcdfghjkl"), 5)) for _ in range(200)]
+    documents = {f"d{n}": " ".join(random.choice(words, 9)) for n in range(60)}
+    queries = {f"q{n}": " ".join(documents[f"d{n}"].split()[:2]) for n in range(20)}
+    qrels = {"train": {f"q{n}": {f"d{n}": 1} for n in range(20)}}
+    data = beir_data(store, write_beir(tmp_path / "random", documents=documents, queries=queries, qrels=qrels))
     with caplog.at_level(logging.WARNING):
-        ref = mined(store, {"data": dates, "model": tiny_model(store)}, miner={"kind": "topk", "num_negatives": 2})
+        ref = mined(store, {"data": data, "model": tiny_model(store)}, miner={"kind": "topk", "num_negatives": 2})
     teachers = report_of(ref)["teachers"]
-    assert teachers["model"]["ndcg_at_10"] < teachers["bm25"]["ndcg_at_10"]
+    assert teachers["model"]["ndcg_at_10"] < 0.5 < 0.9 < teachers["bm25"]["ndcg_at_10"]
     assert "the teacher 'model' ranks worse than BM25" in caplog.text
 
 

@@ -56,6 +56,12 @@ def test_a_row_without_any_counted_token_is_refused(kind: str) -> None:
         pool(kind, HIDDEN, MASK & torch.tensor([[True], [False]]))
 
 
+def test_weights_count_the_positions_of_the_prompt_too() -> None:
+    mask, attended = torch.tensor([[False, True, True, False]]), torch.tensor([[True, True, True, False]])
+    expected = torch.tensor([[2 * 3.0 + 3 * 5.0, 2 * 2.0 + 3 * 0.0]])
+    assert torch.allclose(pool("weighted_mean", HIDDEN[:1], mask, attended), expected / expected.norm())
+
+
 def test_an_unknown_kind_names_those_there_are() -> None:
     with pytest.raises(ContractError, match="mean, weighted_mean, last, first, max, got 'median'"):
         pool("median", HIDDEN, MASK)

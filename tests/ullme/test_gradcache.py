@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import gradients, logprob_by_hand, tiny_encoder, toy_batch
+
+from ullme import gradcache, losses
+from ullme.batches import TokenRow
+from ullme.encoder import Encoder
+from ullme.errors import ConfigError
+from ullme.gradcache import Representations, StepReport, TrainBatch, step
+from ullme.objectives import Objective
+from ullme.objectives.contrastive import Contrastive
+from ullme.objectives.grl import Grl
+from ullme.training import LoraConfig
+
+LORA = LoraConfig(rank=4, alpha=8)
+GRL = Grl(contrastive_weight=1.0, preference_weight=0.5, kl_weight=0.7, temperature=0.1, beta=0.2, label_smoothing=0.1, generation_temperature=0.5)
+OBJECTIVES: dict[str, Objective] = {
+    "contrastive": Contrastive(temperature=0.1),
+    "own candidates": Contrastive(temperature=0.1, in_batch=False),
+    "symmetric": Contrastive(temperature=0.1, symmetric=True),
+    "grl": GRL,
+}
+BUDGETS = [1, 60, 150, 100_000]  # one row per chunk, several, all at once
+
+
+def encoder64(**settings: Any) -> Encoder:
+    return tiny_encoder(dtype=torch.float64, lora=LORA, **settings)
+
+
+# The same losses, written plainly: row by row, no chunks, no padding, full logits.
+
+
+def embed_one(encoder: Encoder, row: TokenRow) -> Tensor:
+    ids = torch.tensor([list(row.ids)])
+    states = encoder.model.get_base_model().model(input_ids=ids, is_causal=False, use_cache=False).last_hidden_state[0]
+    pooled = states[row.prompt :].mean(0)
+    return pooled / pooled.norm()
+
+
+def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
+    return torch.logsumexp(torch.stack(logits), 0) - logits[target]
+
+
+def contrastive_plainly(objective: Contrastive | Grl, scores: Tensor, batch: TrainBatch) -> Tensor:
+    terms = []
+    for q in range(len(scores)):
+        target = int(batch.candidates[q, 0])
+        columns = range(scores.shape[1]) if objective.in_batch else sorted({int(c) for c in batch.candidates[q] if c >= 0})
+        kept = [c for c in columns if not batch.known[q, c]]
+        terms.append(cross_entropy([scores[q, c] / objective.temperature for c in kept], kept.index(target)))
+    loss = torch.stack(terms).mean()
+    if isinstance(objective, Contrastive) and objective.symmetric:
+        mirrored = []
+        for q in range(len(scores)):
+            target = int(batch.candidates[q, 0])
+            kept = [o for o in range(len(scores)) if o == q or (not batch.known[o, target] and batch.candidates[o, 0] != target)]
+            mirrored.append(cross_entropy([scores[o, target] / objective.temperature for o in kept], kept.index(q)))
+        loss = (loss + torch.stack(mirrored).mean()) / 2
+    return loss
+
+
+def plainly(encoder: Encoder, objective: Any, batch: TrainBatch) -> dict[str, Tensor]:
+    queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
+    documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
+    scores = queries @ documents.T
+    if isinstance(objective, Contrastive):
+        return {"contrastive": contrastive_plainly(objective, scores, batch)}
+    preference, kl = [], []
+    for place, q in enumerate(batch.scored):
+        rows = [TokenRow([*batch.prompts[place], *body], len(batch.prompts[place])) for body in batch.passages[place] if body]
+        policy = [logprob_by_hand(encoder, row) for row in rows]
+        with torch.no_grad(), encoder.model.disable_adapter():
+            reference = [logprob_by_hand(encoder, row) for row in rows]
+        margins = [objective.beta * ((policy[0] - policy[n]) - (reference[0] - reference[n])) for n in range(1, len(rows))]
+        smooth = objective.label_smoothing
+        pairs = [-(1 - smooth) * torch.log(torch.sigmoid(m)) - smooth * torch.log(torch.sigmoid(-m)) for m in margins]
+        preference.append(torch.stack(pairs).mean() if pairs else torch.zeros((), dtype=torch.float64))
+        lengths = [len(row) - row.prompt for row in rows]
+        teacher = torch.stack([p / n for p, n in zip(policy, lengths, strict=True)]).detach() / objective.generation_temperature
+        own = [int(c) for c in batch.candidates[q] if c >= 0]
+        student = scores[q, own] / objective.temperature
+        kl.append((teacher.softmax(0) * (teacher.log_softmax(0) - student.log_softmax(0))).sum())
+    return {
+        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch),
+        "preference": objective.preference_weight * torch.stack(preference).mean(),
+        "kl": objective.kl_weight * torch.stack(kl).mean(),
+    }
+
+
+def uncached(encoder: Encoder, objective: Objective, batch: TrainBatch) -> tuple[dict[str, float], dict[str, Tensor]]:
+    terms = plainly(encoder, objective, batch)
+    torch.stack(list(terms.values())).sum().backward()
+    return {name: float(value.detach()) for name, value in terms.items()}, gradients(encoder)
+
+
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
+    """Relative error of the whole gradient, and of the worst single tensor."""
+    assert got.keys() == expected.keys()
+    whole = math.sqrt(sum(float((got[n] - expected[n]).square().sum()) for n in got) / sum(float(g.square().sum()) for g in expected.values()))
+    return whole, max(float((got[name] - expected[name]).norm() / expected[name].norm()) for name in got)
+
+
+def cached(encoder: Encoder, objective: Objective, batch: TrainBatch, budget: int) -> tuple[StepReport, dict[str, Tensor]]:
+    report = step(encoder, objective, batch, chunk_tokens=budget)
+    return report, gradients(encoder)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_chunk_budget_gives_the_gradient_of_the_plain_loss(name: str) -> None:
+    encoder, objective = encoder64(), OBJECTIVES[name]
+    batch = toy_batch(encoder)
+    terms, expected = uncached(encoder, objective, batch)
+    assert min(float(gradient.norm()) for gradient in expected.values()) > 1e-6
+    for budget in BUDGETS:
+        report, got = cached(encoder, objective, batch, budget)
+        assert report.terms == pytest.approx(terms, rel=1e-10)
+        whole, worst = errors(got, expected)
+        assert whole <= 1e-9, budget
+        assert worst <= 1e-9, budget
+
+
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_each_term_alone_has_its_plain_gradient(weights: tuple[int, int, int]) -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    objective = GRL.model_copy(update=dict(zip(("contrastive_weight", "preference_weight", "kl_weight"), weights, strict=True)))
+    _, expected = uncached(encoder, objective, batch)
+    for budget in (1, 100_000):
+        _, got = cached(encoder, objective, batch, budget)
+        assert max(errors(got, expected)) <= 1e-9
+
+
+def test_full_fine_tuning_has_its_plain_gradient() -> None:
+    encoder = tiny_encoder(dtype=torch.float64)
+    encoder.model.get_base_model = lambda: encoder.model
+    batch = toy_batch(encoder)
+    _, expected = uncached(encoder, OBJECTIVES["contrastive"], batch)
+    del encoder.model.get_base_model
+    _, got = cached(encoder, OBJECTIVES["contrastive"], batch, 80)
+    assert len(expected) > 15
+    assert max(errors(got, expected)) <= 1e-9
+
+
+@pytest.mark.parametrize("pooling", ["weighted_mean", "last", "first", "max"])
+def test_every_pooling_is_chunk_invariant(pooling: Any) -> None:
+    encoder = encoder64(pooling=pooling)
+    batch = toy_batch(encoder)
+    (_, once), (_, apart) = (cached(encoder, GRL, batch, budget) for budget in (100_000, 1))
+    assert max(errors(apart, once)) <= 1e-9
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_both_ways_to_the_log_probabilities_give_the_same_step(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    _, expected = uncached(encoder, GRL, batch)
+    seen = []
+    if fused:
+        plain = torch.nn.functional.linear_cross_entropy
+        monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *a, **k: (seen.append(1), plain(*a, **k))[1])
+    else:
+        monkeypatch.delattr(nn, "LinearCrossEntropyOptions")
+        monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 258 * 10)
+    _, got = cached(encoder, GRL, batch, 100_000)
+    assert bool(seen) == fused
+    assert max(errors(got, expected)) <= 1e-9
+
+
+def test_a_scale_that_is_wrong_by_one_percent_in_one_chunk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    _, expected = uncached(encoder, GRL, batch)
+    plain, calls = Encoder.embed, []
+
+    def wrong(self: Encoder, tokens: Any) -> Tensor:
+        embedded = plain(self, tokens)
+        calls.append(embedded.requires_grad)
+        if sum(calls) == 2 and embedded.requires_grad:  # the second chunk of the pass with gradient
+            return embedded.detach() + 1.01 * (embedded - embedded.detach())
+        return embedded
+
+    monkeypatch.setattr(Encoder, "embed", wrong)
+    _, got = cached(encoder, GRL, batch, 60)
+    assert sum(calls) > 2
+    whole, worst = errors(got, expected)
+    assert whole > 1e-6
+    assert worst > 1e-6
+
+
+def test_a_generation_term_wrong_by_one_percent_in_one_chunk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    _, expected = uncached(encoder, GRL, batch)
+    plain, calls = Grl.generation_loss, []
+
+    def wrong(self: Grl, logprobs: Any) -> dict[str, Tensor]:
+        calls.append(1)
+        scale = 1.01 if len(calls) == 2 else 1.0
+        return {name: value * scale for name, value in plain(self, logprobs).items()}
+
+    monkeypatch.setattr(Grl, "generation_loss", wrong)
+    _, got = cached(encoder, GRL, batch, 60)
+    assert len(calls) > 2
+    assert errors(got, expected)[0] > 1e-6
+
+
+def test_terms_do_not_grow_with_the_number_of_chunks_or_the_scored_queries() -> None:
+    encoder = encoder64()
+    reports = [cached(encoder, GRL, toy_batch(encoder), budget)[0] for budget in BUDGETS]
+    for report in reports[1:]:
+        assert report.terms == pytest.approx(reports[0].terms, rel=1e-10)
+        assert report.health == pytest.approx(reports[0].health, rel=1e-10)
+        assert report.tokens == reports[0].tokens
+    alone = [cached(encoder, GRL, toy_batch(encoder, scored=[q]), 60)[0].terms for q in (0, 1, 3, 4)]
+    for name in ("preference", "kl"):
+        assert float(np.mean([terms[name] for terms in alone])) == pytest.approx(reports[0].terms[name], rel=1e-9)
+
+
+def test_the_report_names_terms_scores_and_tokens() -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    report, _ = cached(encoder, GRL, batch, 100)
+    assert report.terms.keys() == {"contrastive", "preference", "kl"}
+    assert report.loss == pytest.approx(sum(report.terms.values()))
+    assert report.health.keys() == {"positive_score", "hardest_negative_score", "accuracy", "generation_entropy", "generation_accuracy"}
+    candidates = sum(len(p) + len(body) for p, bodies in zip(batch.prompts, batch.passages, strict=True) for body in bodies if body)
+    assert report.tokens == sum(map(len, [*batch.queries, *batch.documents])) + 2 * candidates
+    scores = torch.stack([embed_one(encoder, r) for r in batch.queries]) @ torch.stack([embed_one(encoder, r) for r in batch.documents]).T
+    positive = scores[range(5), batch.candidates[:, 0]]
+    assert report.health["positive_score"] == pytest.approx(float(positive.mean()), rel=1e-9)
+
+
+def test_without_generation_weights_the_language_model_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder64()
+    monkeypatch.setattr(Encoder, "sequence_logprobs", lambda *_: pytest.fail("the language model was run"))
+    quiet = GRL.model_copy(update={"preference_weight": 0.0, "kl_weight": 0.0})
+    assert cached(encoder, quiet, toy_batch(encoder), 100)[0].terms.keys() == {"contrastive"}
+
+
+def test_one_chunk_is_encoded_once_and_several_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    plain, calls = Encoder.embed, []
+    monkeypatch.setattr(Encoder, "embed", lambda self, tokens: (calls.append(len(tokens.input_ids)), plain(self, tokens))[1])
+    step(encoder, OBJECTIVES["contrastive"], batch, chunk_tokens=100_000)
+    assert sum(calls) == 12
+    calls.clear()
+    step(encoder, OBJECTIVES["contrastive"], batch, chunk_tokens=60)
+    assert sum(calls) == 24
+
+
+@pytest.mark.parametrize("budget", [1, 60])
+def test_with_dropout_both_passes_are_bit_equal_and_rows_differ_from_no_dropout(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny_encoder(lora=LoraConfig(rank=4, alpha=8, dropout=0.3))
+    batch = toy_batch(encoder)
+    encoder.model.train()
+    plain = Encoder.embed
+    passes: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def watched(self: Encoder, tokens: Any) -> Tensor:
+        embedded = plain(self, tokens)
+        passes[embedded.requires_grad].append(embedded.detach().clone())
+        return embedded
+
+    monkeypatch.setattr(Encoder, "embed", watched)
+    torch.manual_seed(5)
+    step(encoder, GRL, batch, chunk_tokens=budget)
+    assert len(passes[False]) == len(passes[True]) > 2
+    assert all(torch.equal(first, second) for first, second in zip(passes[False], passes[True], strict=True))
+    encoder.model.eval()
+    quiet = plain(encoder, encoder.collate(sorted([*batch.queries, *batch.documents], key=lambda row: -len(row))[: len(passes[True][0])]))
+    assert not torch.allclose(quiet, passes[True][0], atol=1e-4)
+
+
+def test_replaying_a_chunk_leaves_the_random_state_after_the_step_as_without_it() -> None:
+    encoder = tiny_encoder(lora=LoraConfig(rank=4, alpha=8, dropout=0.3))
+    encoder.model.train()
+    batch = toy_batch(encoder)
+    torch.manual_seed(5)
+    step(encoder, OBJECTIVES["contrastive"], batch, chunk_tokens=60)
+    first = gradients(encoder)
+    torch.manual_seed(5)
+    step(encoder, OBJECTIVES["contrastive"], batch, chunk_tokens=60)
+    assert max(errors(gradients(encoder), first)) == 0
+
+
+def test_gradients_add_up_over_steps() -> None:
+    encoder = encoder64()
+    batches = [toy_batch(encoder, seed=seed) for seed in (0, 1)]
+    apart = [cached(encoder, GRL, batch, 60)[1] for batch in batches]
+    for batch in batches:
+        step(encoder, GRL, batch, chunk_tokens=60)
+    both = gradients(encoder)
+    assert max(errors(both, {name: apart[0][name] + apart[1][name] for name in both})) <= 1e-9
+
+
+def test_half_precision_gives_nearly_the_float32_gradient() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = tiny_encoder(dtype=dtype, lora=LORA)
+        for parameter in encoder.model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        report, gradient = cached(encoder, GRL, toy_batch(encoder), 60)
+        found.append((report, torch.cat([value.flatten() for value in gradient.values()])))
+    assert found[1][0].loss == pytest.approx(found[0][0].loss, rel=0.05)
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.95
+
+
+def test_own_candidates_are_marked_and_missing_ones_are_not() -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    empty = torch.zeros(5, 4)
+    marks = Representations(empty, torch.zeros(7, 4), torch.as_tensor(batch.candidates), torch.as_tensor(batch.known)).own
+    expected = [{0, 1, 2}, {3, 0}, {4, 5, 1}, {0, 6, 3}, {5}]
+    assert [set(row.nonzero().flatten().tolist()) for row in marks] == expected
+
+
+def test_a_reference_without_an_adapter_is_refused() -> None:
+    encoder = tiny_encoder()
+    with pytest.raises(ConfigError, match=r"set training\.adapter, or its preference weight to 0"):
+        gradcache.require_reference(encoder, GRL)
+    gradcache.require_reference(encoder, GRL.model_copy(update={"preference_weight": 0.0}))

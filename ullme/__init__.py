@@ -1,0 +1,24 @@
+"""Turn a decoder-only LLM into a text-embedding model and keep a searchable, evaluated index of a corpus built with it.
+
+Importing this package imports no torch: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ullme.artifacts import ArtifactRef, Store
+    from ullme.encoder import Encoder
+    from ullme.errors import UllmeError
+
+__all__ = ["ArtifactRef", "Encoder", "Store", "UllmeError"]
+
+_HOMES = {"ArtifactRef": "artifacts", "Encoder": "encoder", "Store": "artifacts", "UllmeError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ullme' has no attribute '{name}'; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"ullme.{_HOMES[name]}"), name)
