@@ -64,7 +64,7 @@ def run_stages(store: Path, stages: Sequence[StageRequest], say: Callable[[str],
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**ENVIRONMENT, **os.environ},
+            env={**ENVIRONMENT, **({} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}), **os.environ},
             process_group=0,
         )
         try:

@@ -92,11 +92,12 @@ def _print_plan(config: RunConfig) -> int:
         from flows.train_and_index import present_champion
 
         champion = present_champion(config)
-    print(to_yaml(config))
     plan = Pipeline(config, champion).plan()
+    width = names(plan)
+    print(to_yaml(config) + "\n# What would be done (the whole output is valid as a configuration)")
     for planned in plan:
-        print(f"{planned.step.name:<{names(plan)}}  {planned}")
-    print(f"{'promote':<{names(plan)}}  run (a version that exists already is not made again)")
+        print(f"# {planned.step.name:<{width}}  {planned}")
+    print(f"# {'promote':<{width}}  run (a version that exists already is not made again)")
     return 0
 
 

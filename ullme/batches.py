@@ -58,7 +58,9 @@ def collate(rows: Sequence[TokenRow], *, pad_id: int, padding_side: str = "right
     """
     for position, row in enumerate(rows):
         if len(row.ids) <= row.prompt:
-            raise ContractError(f"collate: row {position} has {len(row.ids)} tokens, all of them prompt; a text must add at least one token")
+            raise ContractError(
+                f"collate: row {position} has {len(row.ids)} tokens, all of them prompt; a text must add at least one token"
+            )
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     real = np.zeros((len(rows), width), dtype=bool)

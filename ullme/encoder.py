@@ -66,7 +66,9 @@ class Encoder:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
-            raise ConfigError(f"{config.base}: the tokenizer has neither a padding nor an end-of-text token; set one before loading")
+            raise ConfigError(
+                f"{config.base}: the tokenizer has neither a padding nor an end-of-text token; set one before loading"
+            )
         self._prompt_tokens = {role: self._check_prompt(role) for role in ("query", "document")}
 
     @classmethod
@@ -83,7 +85,7 @@ class Encoder:
         try:
             config = EncoderConfig.model_validate_json(settings.read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
             )
         except (OSError, ValueError, ValidationError, SafetensorError) as error:
@@ -123,7 +125,8 @@ class Encoder:
 
     def collate(self, rows: Sequence[TokenRow]) -> Batch:
         """Pad token rows into a batch on the model's device."""
-        return collate(rows, pad_id=self.tokenizer.pad_token_id).to(self.device)
+        pad_id: Any = self.tokenizer.pad_token_id
+        return collate(rows, pad_id=pad_id).to(self.device)
 
     def _check_prompt(self, role: str) -> int:
         """Number of prompt tokens, after checking that they stay the same whatever text follows."""
@@ -136,8 +139,8 @@ class Encoder:
         for text in ("parse", "The", "1", "_x", "(a)"):
             if self.tokenizer(prompt + text)["input_ids"][: len(alone)] != alone:
                 raise ConfigError(
-                    f"backbone.prompts.{role}: the tokenizer merges the end of {prompt!r} with the text that follows, so the prompt could "
-                    "not be left out of the pooling; end it with a newline or a colon, not with a space"
+                    f"backbone.prompts.{role}: the tokenizer merges the end of {prompt!r} with the text that follows, so the "
+                    "prompt could not be left out of the pooling; end it with a newline or a colon, not with a space"
                 )
         if len(alone) + 4 > self.max_tokens:
             raise ConfigError(f"backbone.max_tokens is {self.max_tokens}, but the {role} prompt alone takes {len(alone)} tokens")
@@ -215,7 +218,7 @@ class Encoder:
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=config.targets,
+                target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
                 use_rslora=config.use_rslora,
                 use_dora=config.use_dora,
                 task_type="CAUSAL_LM",
@@ -236,7 +239,9 @@ class Encoder:
             ConfigError: there is no adapter, so the base model no longer exists.
         """
         if not self.has_adapter:
-            raise ConfigError("a reference model was asked for, but every weight is trained: use an adapter, or reference_free: true")
+            raise ConfigError(
+                "a reference model was asked for, but every weight is trained: use an adapter, or preference weight 0"
+            )
         with self.model.disable_adapter():
             yield
 

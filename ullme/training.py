@@ -210,7 +210,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     from ullme.encoder import Encoder
     from ullme.gradcache import require_reference
 
-    negatives = inputs["negatives"] if "negatives" in inputs else None
+    negatives = inputs["negatives"] if "negatives" in inputs else None  # noqa: SIM401 - Inputs is no mapping
     examples = read_examples(inputs["data"], negatives)
     shutil.rmtree(draft.path, ignore_errors=True)
     logs = draft.path / "logs"
@@ -319,7 +319,9 @@ class Loop:
         with self.metrics_file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         terms = " ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
-        logger.info("step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"])
+        logger.info(
+            "step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"]
+        )
 
     def remember(self, name: str, value: Any) -> Any:
         """Keep a value across a crash."""
@@ -344,7 +346,9 @@ class Loop:
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.detach().clone()
         save_file(tensors, partial / "state.safetensors")
-        write_atomic(partial / "position.json", json.dumps({"done": self._done, "identity": self._identity, "loss": self.last_loss}))
+        write_atomic(
+            partial / "position.json", json.dumps({"done": self._done, "identity": self._identity, "loss": self.last_loss})
+        )
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         for old in self._draft.scratch.glob("checkpoint-*"):

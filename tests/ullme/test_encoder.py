@@ -146,7 +146,10 @@ def test_a_tokenizer_without_any_padding_token_is_refused() -> None:
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_log_probabilities_equal_the_sum_by_hand_without_the_prompt(attention: Any) -> None:
     encoder = tiny_encoder(attention=attention, dtype=torch.float64)
-    rows = [TokenRow(encoder.tokenizer(text)["input_ids"], prompt) for text, prompt in (("alpha beta", 4), ("xyz", 1), ("longer text here", 15))]
+    rows = [
+        TokenRow(encoder.tokenizer(text)["input_ids"], prompt)
+        for text, prompt in (("alpha beta", 4), ("xyz", 1), ("longer text here", 15))
+    ]
     sums, counts = encoder.sequence_logprobs(encoder.collate(rows))
     assert counts.tolist() == [6, 2, 1]
     expected = torch.stack([logprob_by_hand(encoder, row) for row in rows])
@@ -240,7 +243,11 @@ def test_a_saved_folder_names_no_place_and_holds_no_pickle(tmp_path: Path) -> No
         encoder.save(tmp_path / place / "first")
         again = Encoder.load(tmp_path / place / "first")  # transformers remembers where a model was loaded from
         again.save(tmp_path / place / "second")
-        files = {file.relative_to(tmp_path / place / "second"): file.read_bytes() for file in (tmp_path / place / "second").rglob("*") if file.is_file()}
+        files = {
+            file.relative_to(tmp_path / place / "second"): file.read_bytes()
+            for file in (tmp_path / place / "second").rglob("*")
+            if file.is_file()
+        }
         assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
         assert not [name for name in files if name.suffix in {".bin", ".pt", ".pkl", ".pickle"}]
         names.append(files)
@@ -268,9 +275,18 @@ def sentence_transformers() -> Any:
 
 @pytest.mark.parametrize(
     ("attention", "pooling"),
-    [("bidirectional", "mean"), ("causal", "last"), ("bidirectional", "weighted_mean"), ("causal", "mean"), ("bidirectional", "max"), ("bidirectional", "first")],
+    [
+        ("bidirectional", "mean"),
+        ("causal", "last"),
+        ("bidirectional", "weighted_mean"),
+        ("causal", "mean"),
+        ("bidirectional", "max"),
+        ("bidirectional", "first"),
+    ],
 )
-def test_sentence_transformers_gives_the_same_vectors(attention: Any, pooling: Any, sentence_transformers: Any, tmp_path: Path) -> None:
+def test_sentence_transformers_gives_the_same_vectors(
+    attention: Any, pooling: Any, sentence_transformers: Any, tmp_path: Path
+) -> None:
     encoder = tiny_encoder(attention=attention, pooling=pooling, prompts=PROMPTS)
     encoder.save(tmp_path / "model")
     plain = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")

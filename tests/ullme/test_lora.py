@@ -18,7 +18,8 @@ IDS = torch.arange(2, 26).view(3, 8)
 def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     model = get_peft_model(
-        tiny_causal_lm("llama")[0].to(dtype), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+        tiny_causal_lm("llama")[0].to(dtype),
+        LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **settings),
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -23,10 +23,12 @@ from ullme.training import LoraConfig
 
 torch.set_num_threads(1)
 
-WORDS = "alpha beta gamma delta lambda omega sigma kappa theta zeta iota rho".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "lambda", "omega", "sigma", "kappa", "theta", "zeta", "iota", "rho"]
 
 
-def tiny_encoder(family: str = "llama", *, dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None, **config: Any) -> Encoder:
+def tiny_encoder(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, lora: LoraConfig | None = None, **config: Any
+) -> Encoder:
     """A random two-layer encoder; with `lora`, an adapter whose B is not zero, so that every weight has a gradient."""
     model, tokenizer = tiny_causal_lm(family)
     encoder = Encoder(model.to(dtype), tokenizer, EncoderConfig(**{"max_tokens": 48, "base": f"tiny:{family}", **config}))
@@ -99,7 +101,13 @@ def _write_toy(section: ToyData, inputs: Inputs, draft: Draft) -> None:
     queries = range(section.train_queries)
     negatives = [(q, d) for q in queries for d in random.choice(len(texts), q % 4, replace=False).tolist() if d != q]
     tables: dict[str, dict[str, list[Any]]] = {
-        "documents": {"id": ids, "text": texts, "title": [""] * len(ids), "searchable": [True] * len(ids), "held_out": [False] * len(ids)},
+        "documents": {
+            "id": ids,
+            "text": texts,
+            "title": [""] * len(ids),
+            "searchable": [True] * len(ids),
+            "held_out": [False] * len(ids),
+        },
         "queries": {
             "id": [f"q{q}" for q in queries],
             "text": [words[q] for q in queries],

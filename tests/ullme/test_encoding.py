@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toys import ToyData, toy_data
+
+from ullme import encoding
+from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
+from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.data import Dataset
+from ullme.encoder import Encoder
+from ullme.encoding import ENCODE, EncodeConfig, encode, open_embeddings
+from ullme.errors import ArtifactError, DataError, NotFinite
+
+SHARDS = EncodeConfig.model_validate({"runtime": {"shard_rows": 10}})  # 24 documents: 10, 10 and 4
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def refs(store: Store) -> dict[str, ArtifactRef]:
+    base = BackboneConfig(model="tiny:llama", dtype="float32", max_tokens=24)
+    return {"data": toy_data(store), "model": store.produce(BACKBONE, base, {}, seed=0)}
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Draft:
+    made = Draft(tmp_path / "artifact", tmp_path / "scratch", 0)
+    made.restart()
+    return made
+
+
+@pytest.fixture
+def rows_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of rows of every call that really went through the model."""
+    plain, calls = Encoder.encode_rows, []
+
+    def counted(self: Encoder, rows: Any, *, batch_tokens: int) -> Any:
+        calls.append(len(rows))
+        return plain(self, rows, batch_tokens=batch_tokens)
+
+    monkeypatch.setattr(Encoder, "encode_rows", counted)
+    return calls
+
+
+def run(store: Store, refs: dict[str, ArtifactRef], draft: Draft, section: EncodeConfig = SHARDS) -> np.ndarray:
+    encode(section, Inputs(store, refs), draft)
+    return open_embeddings(draft.path).vectors()
+
+
+def test_vectors_are_those_of_the_encoder_in_the_order_of_the_documents(store: Store, refs: dict[str, ArtifactRef]) -> None:
+    found = open_embeddings(store.open(store.produce(ENCODE, SHARDS, refs, seed=0), "embeddings"))
+    corpus = Dataset.open(refs["data"].path).corpus()
+    expected = Encoder.load(refs["model"].path).encode([document.content for document in corpus], prompt="document")
+    assert found.ids == [document.id for document in corpus]
+    assert np.abs(found.vectors() - expected).max() <= 1e-3
+    assert np.allclose(np.linalg.norm(found.vectors(), axis=1), 1, atol=1e-3)
+    assert (found.count, found.dim, found.fingerprint) == (24, 64, refs["model"].digest)
+    blocks = list(found.shards())
+    assert [len(ids) for ids, _ in blocks] == [10, 10, 4]
+    assert all(isinstance(block, np.memmap) and block.dtype == np.float16 for _, block in blocks)
+
+
+@pytest.mark.parametrize("runtime", [{"shard_rows": 1}, {"shard_rows": 7, "batch_tokens": 30}, {"batch_tokens": 1}, {}])
+def test_shard_rows_and_batch_tokens_do_not_change_the_vectors(
+    runtime: dict[str, int], store: Store, refs: dict[str, ArtifactRef], draft: Draft
+) -> None:
+    section = EncodeConfig.model_validate({"runtime": runtime})
+    assert store.key(ENCODE, section, refs, seed=0) == store.key(ENCODE, SHARDS, refs, seed=0)
+    expected = open_embeddings(store.produce(ENCODE, SHARDS, refs, seed=0).path)
+    assert np.abs(run(store, refs, draft, section) - expected.vectors()).max() <= 1e-3
+    assert open_embeddings(draft.path).ids == expected.ids
+
+
+def damage(folder: Path, how: str) -> None:
+    """Break the second of three shards."""
+    victim = folder / "shard-00001.npy"
+    if how == "flipped byte":
+        content = bytearray(victim.read_bytes())
+        content[-3] ^= 1
+        victim.write_bytes(bytes(content))
+    elif how == "no sidecar":
+        (folder / "shard-00001.json").unlink()
+    elif how == "no vectors":
+        victim.unlink()
+    elif how == "no ids":
+        (folder / "shard-00001.arrow").unlink()
+    else:
+        sidecar = json.loads((folder / "shard-00001.json").read_text())
+        (folder / "shard-00001.json").write_text(json.dumps({**sidecar, "fingerprint": "0" * 64}))
+
+
+@pytest.mark.parametrize("how", ["flipped byte", "no sidecar", "no vectors", "no ids", "another model"])
+def test_only_the_shard_that_is_missing_or_damaged_is_encoded_again(
+    how: str, store: Store, refs: dict[str, ArtifactRef], draft: Draft, rows_encoded: list[int]
+) -> None:
+    expected = run(store, refs, draft)
+    assert rows_encoded == [10, 10, 4]
+    rows_encoded.clear()
+    damage(draft.path, how)
+    assert np.array_equal(run(store, refs, draft), expected)
+    assert rows_encoded == [10]
+
+
+def test_an_interrupted_stage_goes_on_with_the_next_shard(
+    store: Store, refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    fresh = Store(tmp_path)
+    plain = encoding._write_shard
+
+    def write(folder: Path, name: str, *arguments: Any) -> None:
+        if name == "shard-00002":
+            raise Killed
+        plain(folder, name, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_write_shard", write)
+        with pytest.raises(Killed):
+            fresh.produce(ENCODE, SHARDS, refs, seed=0)
+    rows_encoded.clear()
+    ref = fresh.produce(ENCODE, SHARDS, refs, seed=0)
+    assert rows_encoded == [4]
+    assert ref.digest == store.produce(ENCODE, SHARDS, refs, seed=0).digest
+
+
+def test_an_attempt_with_smaller_shards_leaves_nothing_behind(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
+    run(store, refs, draft, EncodeConfig.model_validate({"runtime": {"shard_rows": 3}}))
+    run(store, refs, draft)
+    found = open_embeddings(draft.path)
+    assert found.count == 24
+    assert len(set(found.ids)) == 24
+
+
+def test_vectors_of_another_model_are_never_kept(
+    store: Store, refs: dict[str, ArtifactRef], draft: Draft, rows_encoded: list[int]
+) -> None:
+    first = run(store, refs, draft)
+    other = BackboneConfig(model="tiny:qwen2", dtype="float32", max_tokens=24)
+    second = run(store, {**refs, "model": store.produce(BACKBONE, other, {}, seed=0)}, draft)
+    assert rows_encoded == [10, 10, 4] * 2
+    assert np.abs(first - second).max() > 0.01
+
+
+def test_equal_texts_are_encoded_once_and_keep_their_places(
+    store: Store, refs: dict[str, ArtifactRef], draft: Draft, rows_encoded: list[int]
+) -> None:
+    data = toy_data(store, ToyData(texts=("same", "other", "same", "third", "other"), train_queries=2))
+    vectors = run(store, {**refs, "data": data}, draft)
+    assert rows_encoded == [3]
+    assert np.array_equal(vectors[0], vectors[2])
+    assert np.array_equal(vectors[1], vectors[4])
+    assert open_embeddings(draft.path).ids == ["d0", "d1", "d2", "d3", "d4"]
+    expected = Encoder.load(refs["model"].path).encode(["same", "other", "same", "third", "other"], prompt="document")
+    assert np.abs(vectors - expected).max() <= 1e-3
+
+
+def test_the_share_that_is_cut_is_counted_also_after_a_restart(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
+    data = toy_data(store, ToyData(texts=("short", "x" * 100, "brief", "y" * 25), train_queries=2))
+    for _ in range(2):
+        run(store, {**refs, "data": data}, draft)
+        assert draft.meta == {"count": 4, "dim": 64, "share_truncated": 0.5, "fingerprint": refs["model"].digest}
+
+
+def test_a_vector_that_is_not_finite_names_its_document(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
+    def poison(section: Any, inputs: Inputs, made: Draft) -> None:
+        shutil.copytree(inputs["model"], made.path, dirs_exist_ok=True)
+        (made.path / "manifest.json").unlink()
+        weights = load_file(made.path / "model.safetensors")
+        token = Encoder.load(inputs["model"]).tokenizer("z")["input_ids"][0]
+        weights["model.embed_tokens.weight"][token] = torch.nan
+        save_file(weights, made.path / "model.safetensors", metadata={"format": "pt"})
+
+    broken = store.produce(Stage("poison", "model", 1, poison), EncodeConfig(), {"model": refs["model"]}, seed=0)
+    data = toy_data(store, ToyData(texts=("fine", "good", "a zebra", "well"), train_queries=2))
+    with pytest.raises(NotFinite, match="embedding is not finite") as caught:
+        run(store, {"data": data, "model": broken}, draft)
+    assert caught.value.ids == ("d2",)
+    assert not list(draft.path.glob("*.json"))
+
+
+def test_an_empty_corpus_is_refused(
+    store: Store, refs: dict[str, ArtifactRef], draft: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dataset, "corpus", lambda self: [])
+    with pytest.raises(DataError, match="no searchable document"):
+        run(store, refs, draft)
+
+
+def test_opening_something_incomplete_or_mixed_is_refused(
+    store: Store, refs: dict[str, ArtifactRef], draft: Draft, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=r"expected shard-\*\.json files, found none"):
+        open_embeddings(tmp_path)
+    run(store, refs, draft)
+    damage(draft.path, "another model")
+    with pytest.raises(ArtifactError, match="shard 1 was made by another model"):
+        open_embeddings(draft.path)
+    damage(draft.path, "no vectors")
+    with pytest.raises(ArtifactError, match=r"shard-00001\.npy is missing"):
+        open_embeddings(draft.path)

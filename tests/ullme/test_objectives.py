@@ -1,0 +1,136 @@
+"""The contract of every objective: the folder is walked, so a new file is tested the moment it exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from toys import gradients, tiny_encoder, toy_batch
+
+from ullme.components import component_class, kinds, resolve
+from ullme.gradcache import CandidateLogprobs, Representations, step
+from ullme.objectives import Objective
+from ullme.objectives.contrastive import Contrastive
+from ullme.objectives.grl import Grl
+from ullme.training import LoraConfig
+
+KINDS = kinds("ullme.objectives")
+
+
+def test_the_folder_holds_the_known_kinds() -> None:
+    assert {"contrastive", "grl"} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_finite_and_do_not_depend_on_the_chunk_size(kind: str) -> None:
+    objective: Any = resolve("ullme.objectives", kind)
+    assert isinstance(objective, Objective)
+    encoder = tiny_encoder(dtype=torch.float64, lora=LoraConfig(rank=4, alpha=8))
+    found = []
+    for budget in (1, 70, 100_000):
+        report = step(encoder, objective, toy_batch(encoder), chunk_tokens=budget)
+        assert report.terms
+        found.append((report.terms, gradients(encoder)))
+    for terms, got in found:
+        assert terms == pytest.approx(found[0][0], rel=1e-9)
+        assert all(bool(gradient.isfinite().all()) for gradient in got.values())
+        for name, gradient in got.items():
+            assert torch.allclose(gradient, found[0][1][name], rtol=1e-8, atol=1e-10 * float(found[0][1][name].abs().max())), name
+    assert any(float(gradient.norm()) > 0 for gradient in found[0][1].values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_batch_loss_is_pure_in_the_representations(kind: str) -> None:
+    objective: Any = resolve("ullme.objectives", kind)
+    encoder = tiny_encoder()
+    batch = toy_batch(encoder)
+    torch.manual_seed(0)
+    unit = torch.nn.functional.normalize(torch.randn(12, 8), dim=1)
+    held = Representations(unit[:5], unit[5:], torch.as_tensor(batch.candidates), torch.as_tensor(batch.known))
+    before = [value.clone() for value in (held.queries, held.documents, held.candidates, held.known)]
+    first, second = objective.batch_loss(held, None), objective.batch_loss(held, None)
+    assert {name: float(value) for name, value in first.items()} == {name: float(value) for name, value in second.items()}
+    assert all(torch.equal(a, b) for a, b in zip(before, (held.queries, held.documents, held.candidates, held.known), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_a_documented_value(kind: str) -> None:
+    found = component_class("ullme.objectives", kind)
+    assert found.__doc__
+    objective = resolve("ullme.objectives", kind)
+    assert objective.kind == kind
+    assert resolve("ullme.objectives", objective.model_dump()) == objective
+    with pytest.raises(ValidationError, match="frozen"):
+        objective.kind = "other"
+    with pytest.raises(ValidationError, match="extra"):
+        resolve("ullme.objectives", {"kind": kind, "temperture": 1})
+
+
+@pytest.mark.parametrize(
+    "spec", [{"kind": "contrastive", "temperature": 0}, {"kind": "grl", "beta": 0}, {"kind": "grl", "label_smoothing": 0.5}]
+)
+def test_values_out_of_range_are_refused(spec: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(key for key in spec if key != "kind")):
+        resolve("ullme.objectives", spec)
+
+
+FIELDS = [
+    (Contrastive(), {"temperature": 0.2}),
+    (Contrastive(), {"in_batch": False}),
+    (Contrastive(), {"symmetric": True}),
+    *[
+        (Grl(), change)
+        for change in (
+            {"contrastive_weight": 0.5},
+            {"preference_weight": 0.25},
+            {"kl_weight": 0.5},
+            {"temperature": 0.2},
+            {"in_batch": False},
+            {"beta": 0.4},
+            {"label_smoothing": 0.2},
+            {"generation_temperature": 0.1},
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "change"), FIELDS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__class__.__name__
+)
+def test_every_field_changes_the_gradient(objective: Objective, change: dict[str, Any]) -> None:
+    encoder = tiny_encoder(lora=LoraConfig(rank=4, alpha=8))
+    batch = toy_batch(encoder)
+    found = []
+    for candidate in (objective, objective.model_copy(update=change)):
+        step(encoder, candidate, batch, chunk_tokens=1000)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(encoder).values()]))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) > 1e-4
+    assert set(change) <= set(type(objective).model_fields)
+
+
+def test_every_field_is_among_those_tried() -> None:
+    for kind in (Contrastive, Grl):
+        assert {field for value, change in FIELDS if isinstance(value, kind) for field in change} == set(kind.model_fields) - {
+            "kind"
+        }
+
+
+def test_a_known_positive_and_a_passage_shared_as_target_are_never_pushed_away() -> None:
+    queries = torch.eye(2, 4).requires_grad_(True)
+    documents = torch.nn.functional.normalize(torch.ones(2, 4), dim=1).requires_grad_(True)
+    shared = Representations(queries, documents, torch.tensor([[0], [0]]), torch.tensor([[False, True], [False, True]]))
+    for symmetric in (False, True):
+        loss = Contrastive(symmetric=symmetric).batch_loss(shared, None)["contrastive"]
+        assert loss.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_the_preference_is_averaged_over_the_negatives_that_are_there() -> None:
+    total = torch.tensor([[-5.0, -7.0, -6.0], [-5.0, -7.0, 0.0], [-5.0, 0.0, 0.0]])
+    present = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    held = CandidateLogprobs(torch.arange(3), total, torch.full((3, 3), 4), present, torch.zeros(3, 3))
+    per_query = Grl(preference_weight=1.0, beta=1.0).generation_loss(held)["preference"]
+    two, one = (float(torch.nn.functional.softplus(torch.tensor(-margin))) for margin in (2.0, 1.0))
+    assert per_query.tolist() == pytest.approx([(two + one) / 2, two, 0.0])
+    assert held.mean[0].tolist() == pytest.approx([-1.25, -1.75, -1.5])

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from toys import json_lines, tiny_encoder, toy_data
+
+from ullme import gradcache, training
+from ullme.artifacts import ArtifactRef, Store, sha256_file
+from ullme.backbone import BACKBONE, BackboneConfig, PromptConfig
+from ullme.data import Example, read_examples
+from ullme.encoder import Encoder
+from ullme.errors import ConfigError, DataError, NotFinite
+from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, Sampler, TrainConfig
+
+PHASE: dict[str, Any] = {"objective": "contrastive", "steps": 3, "batch_size": 4, "num_negatives": 2, "learning_rate": 0.01}
+GRL: dict[str, Any] = {**PHASE, "objective": "grl", "generation": {"passage_tokens": 12, "queries": 2}}
+SMALL: dict[str, Any] = {"rank": 2, "alpha": 4}
+
+
+def config(*phases: dict[str, Any], **settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"phases": phases or (GRL,), "adapter": SMALL, **settings})
+
+
+@pytest.fixture(scope="module")
+def refs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ArtifactRef]:
+    """A tiny base model and a toy data set."""
+    store = Store(tmp_path_factory.mktemp("inputs"))
+    base = BackboneConfig(model="tiny:llama", dtype="float32", max_tokens=32, prompts=PromptConfig(query="q:\n"))
+    return {"data": toy_data(store), "model": store.produce(BACKBONE, base, {}, seed=0)}
+
+
+def rows_of(ref: ArtifactRef) -> list[dict[str, Any]]:
+    """Metrics without what the clock decides."""
+    return [
+        {name: value for name, value in row.items() if name not in {"seconds", "tokens_per_second"}}
+        for row in json_lines(ref.path / "logs/metrics.jsonl")
+    ]
+
+
+def weights_of(ref: ArtifactRef) -> str:
+    return sha256_file(ref.path / "model.safetensors")
+
+
+# The order of examples
+
+
+def examples(count: int) -> list[Example]:
+    return [
+        Example(
+            f"q{n}",
+            f"query {n}",
+            (f"p{n}", "shared"),
+            (f"passage {n}", "passage of all"),
+            ("n0", "n1", "n2"),
+            ("no", "never", "not"),
+        )
+        for n in range(count)
+    ]
+
+
+def sampler(count: int = 7, *, seed: int = 3, phase_index: int = 0, **phase: Any) -> Sampler:
+    settings = PhaseConfig.model_validate({**GRL, "batch_size": 3, "steps": 100, **phase})
+    return Sampler(examples(count), settings, seed, phase_index)
+
+
+def test_a_step_is_a_pure_function_of_seed_phase_and_step() -> None:
+    first, second = sampler(), sampler()
+    forwards = [(first.draw(step), first.scored(step)) for step in range(30)]
+    backwards = [(second.draw(step), second.scored(step)) for step in reversed(range(30))][::-1]
+    assert forwards == backwards
+    for other in (sampler(seed=4), sampler(phase_index=1)):
+        assert [other.positions(step) for step in range(30)] != [first.positions(step) for step in range(30)]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7])
+def test_epochs_are_permutations_with_nothing_left_over(batch_size: int) -> None:
+    found = sampler(batch_size=batch_size)
+    stream = [position for step in range(7 * 6) for position in found.positions(step)]
+    epochs = [stream[start : start + 7] for start in range(0, len(stream), 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert all(len(found.positions(step)) == batch_size for step in range(42))
+
+
+def test_a_batch_larger_than_the_examples_is_all_of_them() -> None:
+    found = sampler(3, batch_size=8)
+    assert found.batch_size == 3
+    assert all(sorted(found.positions(step)) == [0, 1, 2] for step in range(10))
+
+
+def test_a_query_repeats_in_a_batch_only_across_the_end_of_an_epoch() -> None:
+    found = sampler(7, batch_size=3)
+    repeats = [step for step in range(70) if len(set(found.positions(step))) < 3]
+    assert all(step * 3 // 7 != (step * 3 + 2) // 7 for step in repeats)
+
+
+def test_every_positive_and_every_negative_has_its_turn_and_none_twice_in_a_row_of_a_batch() -> None:
+    drawn = [entry for step in range(60) for entry in sampler().draw(step)]
+    assert {positive for _, positive, _ in drawn} == {0, 1}
+    assert {negative for _, _, negatives in drawn for negative in negatives} == {0, 1, 2}
+    assert all(len(set(negatives)) == len(negatives) == 2 for _, _, negatives in drawn)
+
+
+def test_scored_queries_are_as_many_as_configured() -> None:
+    assert {len(sampler(generation={"queries": 2}).scored(step)) for step in range(9)} == {2}
+    assert sampler(generation={"queries": None}).scored(0) == [0, 1, 2]
+    assert {row for step in range(30) for row in sampler(generation={"queries": 1}).scored(step)} == {0, 1, 2}
+
+
+def test_a_batch_shares_passages_marks_known_positives_and_keeps_rows_together() -> None:
+    encoder = tiny_encoder(prompts=PromptConfig(query="q:\n"))
+    found = sampler(num_negatives=4, generation={"template": "{query}\n", "passage_tokens": 5, "queries": None})
+    texts = {
+        name: text
+        for e in found.examples
+        for name, text in zip((*e.positive_ids, *e.negative_ids), (*e.positives, *e.negatives), strict=True)
+    }
+    decode = encoder.tokenizer.decode
+    for step in range(8):
+        batch, drawn = found.batch(step, encoder), found.draw(step)
+        documents = [decode(row.ids) for row in batch.documents]
+        assert len(set(documents)) == len(documents)
+        for row, (example, positive, negatives) in enumerate(drawn):
+            assert decode(batch.queries[row].ids) == f"q:\n{example.query}"
+            columns = batch.candidates[row]
+            wanted = [example.positive_ids[positive], *(example.negative_ids[n] for n in negatives)]
+            assert [documents[c] for c in columns if c >= 0] == [texts[name] for name in wanted]
+            assert columns.tolist().count(-1) == 1  # four were asked for, there are three
+            assert {documents[c] for c in np.flatnonzero(batch.known[row])} == (
+                set(example.positives) - {example.positives[positive]}
+            ) & set(documents)
+            place = list(batch.scored).index(row)
+            assert decode(batch.prompts[place]) == f"{example.query}\n"
+            assert [decode(ids) for ids in batch.passages[place]] == [documents[c][:5] if c >= 0 else "" for c in columns]
+
+
+def test_plain_contrastive_learning_scores_nothing() -> None:
+    batch = sampler(objective="contrastive").batch(0, tiny_encoder())
+    assert (batch.scored, batch.prompts, batch.passages) == ([], [], [])
+
+
+def test_a_single_example_is_not_enough() -> None:
+    with pytest.raises(DataError, match="at least 2 examples, got 1"):
+        sampler(1)
+
+
+# The schedule
+
+
+def rates(**settings: Any) -> list[float]:
+    phase = PhaseConfig.model_validate({**PHASE, "steps": 10, "learning_rate": 1.0, **settings})
+    return [phase.learning_rate_at(step) for step in range(10)]
+
+
+def test_the_learning_rate_by_hand() -> None:
+    assert rates(schedule="constant", warmup_share=0.0) == [1.0] * 10
+    assert rates(schedule="constant", warmup_share=0.4) == pytest.approx([0.25, 0.5, 0.75, 1.0] + [1.0] * 6)
+    assert rates(schedule="linear", warmup_share=0.2) == pytest.approx(
+        [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+    cosine = [0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(8)]
+    assert rates(schedule="cosine", warmup_share=0.2) == pytest.approx([0.5, 1.0, *cosine])
+
+
+# Whole runs
+
+
+def test_one_seed_is_bit_equal_in_any_store_and_another_differs(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    one, two = (Store(tmp_path / name).produce(TRAIN, config(), refs, seed=1) for name in ("one", "two/deeper"))
+    other = Store(tmp_path / "one").produce(TRAIN, config(), refs, seed=2)
+    assert one.digest == two.digest
+    assert rows_of(one) == rows_of(two)
+    assert weights_of(one) != weights_of(other)
+    assert weights_of(one) != weights_of(refs["model"])
+    assert rows_of(one) != rows_of(other)
+
+
+def test_the_artifact_depends_on_no_place_no_clock_and_no_hash_seed(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    ref = Store(tmp_path).produce(TRAIN, config(), refs, seed=1)
+    files = [file for file in ref.path.rglob("*") if file.is_file() and file.name != "manifest.json" and "logs" not in file.parts]
+    assert {"model.safetensors", "ullme.json", "modules.json", "adapter_model.safetensors"} <= {file.name for file in files}
+    for file in files:
+        content = file.read_bytes()
+        assert str(tmp_path).encode() not in content, file
+        assert str(refs["model"].path).encode() not in content, file
+    adapter = json.loads((ref.path / "adapter/adapter_config.json").read_text())
+    assert adapter["target_modules"] == sorted(adapter["target_modules"])
+    assert len(adapter["target_modules"]) == 14
+
+
+def test_the_result_is_an_encoder_with_the_settings_of_its_base(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    ref = Store(tmp_path).produce(TRAIN, config(), refs, seed=1)
+    tuned, base = Encoder.load(ref.path), Encoder.load(refs["model"].path)
+    assert tuned.config == base.config
+    assert not tuned.has_adapter
+    assert np.abs(tuned.encode(["alpha"]) - base.encode(["alpha"])).max() > 1e-3
+    assert ref.meta["steps"] == 3
+    assert ref.meta["examples"] == 11
+    scores = json.loads((ref.path / "logs/scores.json").read_text())
+    assert len(scores["before"]["positive"]) == len(scores["after"]["positive"]) == 11
+    assert scores["before"] != scores["after"]
+
+
+def test_every_step_leaves_a_row_with_each_term(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    rows = json_lines(Store(tmp_path).produce(TRAIN, config(GRL, PHASE), refs, seed=1).path / "logs/metrics.jsonl")
+    assert [(row["step"], row["phase"]) for row in rows] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    assert [name for name in rows[0] if name.startswith("loss/")] == ["loss/preference", "loss/contrastive", "loss/kl"]
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][name] for name in rows[0] if name.startswith("loss/")))
+    assert [name for name in rows[3] if name.startswith("loss/")] == ["loss/contrastive"]
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["gradient_norm"] > 0 for row in rows)
+    assert [row["learning_rate"] for row in rows[:3]] == pytest.approx(
+        [0.01 * 0.5 * (1 + math.cos(math.pi * n / 3)) for n in range(3)]
+    )
+
+
+def test_the_loss_falls_on_a_toy_problem(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    objective = {"kind": "grl", "beta": 2.0, "temperature": 0.1}
+    generation = {"passage_tokens": 12, "queries": None}
+    phase = {**GRL, "steps": 25, "batch_size": 11, "learning_rate": 0.005, "objective": objective, "generation": generation}
+    ref = Store(tmp_path).produce(TRAIN, config(phase, adapter={"rank": 8, "alpha": 16}), refs, seed=1)
+    for name in ("loss", "loss/contrastive", "loss/preference", "loss/kl"):
+        values = [row[name] for row in rows_of(ref)]
+        assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5]), name
+
+
+@pytest.mark.parametrize("kind", ["contrastive", {"kind": "grl", "preference_weight": 0}])
+def test_full_fine_tuning_moves_every_weight(kind: Any, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    ref = Store(tmp_path).produce(TRAIN, config({**GRL, "objective": kind}, adapter=None), refs, seed=1)
+    before, after = (load_file(where.path / "model.safetensors") for where in (refs["model"], ref))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not (ref.path / "adapter").exists()
+
+
+def test_full_fine_tuning_with_a_preference_is_refused_before_the_first_step(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective 'grl' compares with a reference model.*set training\.adapter"):
+        Store(tmp_path).produce(TRAIN, config(PHASE, GRL, adapter=None), refs, seed=1)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+# Crash and resume
+
+
+class Killed(BaseException):
+    """What the operating system does to a process."""
+
+
+TWO_PHASES = config(
+    GRL, {**PHASE, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
+)
+
+
+def kill_at(patch: pytest.MonkeyPatch, step: int, moment: str) -> None:
+    """Die before the given step (1, 2, ...), after its row was written, or while the next checkpoint is written."""
+    count = [0]
+    if moment == "checkpoint":
+        plain_write = training.write_atomic
+
+        def write(path: Path, text: str) -> None:
+            if path.name == "position.json" and json.loads(text)["done"] >= step:
+                raise Killed
+            plain_write(path, text)
+
+        patch.setattr(training, "write_atomic", write)
+        return
+    plain = Loop.advance
+
+    def advance(self: Loop, *arguments: Any) -> None:
+        count[0] += 1
+        if count[0] == step and moment == "before":
+            raise Killed
+        plain(self, *arguments)
+        if count[0] == step:
+            raise Killed
+
+    patch.setattr(Loop, "advance", advance)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(refs: dict[str, ArtifactRef], tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
+    return Store(tmp_path_factory.mktemp("undisturbed")).produce(TRAIN, TWO_PHASES, refs, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "moment"),
+    [
+        *[(step, "before") for step in range(1, 7)],
+        (1, "after"),
+        (2, "after"),
+        (4, "after"),
+        (6, "after"),
+        (2, "checkpoint"),
+        (4, "checkpoint"),
+        (6, "checkpoint"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_bit_equal_result(
+    step: int, moment: str, refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, moment)
+        with pytest.raises(Killed):
+            store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    left = [file.suffix for file in (tmp_path / "work").rglob("*") if file.is_file()]
+    assert set(left) <= {".json", ".jsonl", ".safetensors"}  # nothing pickled
+    ref = store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    assert ref.digest == undisturbed.digest
+    assert rows_of(ref) == rows_of(undisturbed)
+    assert [row["step"] for row in rows_of(ref)] == [1, 2, 3, 4, 5, 6]
+    scores = [json.loads((where.path / "logs/scores.json").read_text()) for where in (ref, undisturbed)]
+    assert scores[0] == scores[1]
+    assert ref.meta["final_loss"] == undisturbed.meta["final_loss"]
+
+
+def test_a_resumed_run_does_not_repeat_finished_steps(
+    refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 6, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    plain, steps = Loop.advance, []
+    monkeypatch.setattr(Loop, "advance", lambda self, s, phase, step: (steps.append((phase, step)), plain(self, s, phase, step))[1])
+    store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    assert steps == [(1, 1), (1, 2)]  # the checkpoint holds four
+
+
+def test_two_crashes_in_a_row_do_no_harm(refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for step in (3, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, step, "after")
+            with pytest.raises(Killed):
+                store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    assert store.produce(TRAIN, TWO_PHASES, refs, seed=1).digest == undisturbed.digest
+
+
+def test_full_fine_tuning_resumes_bit_equal_too(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    section = config(PHASE, adapter=None, runtime={"checkpoint_every": 1})
+    expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 3, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
+
+
+# What is not finite
+
+
+def test_a_loss_that_blows_up_names_step_term_and_queries_and_keeps_the_checkpoint(
+    refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    phase = {**PHASE, "learning_rate": 1e30, "schedule": "constant", "warmup_share": 0.0}
+    section = config(phase, runtime={"checkpoint_every": 1})
+    with pytest.raises(NotFinite, match="step 2: contrastive is not finite") as caught:
+        Store(tmp_path).produce(TRAIN, section, refs, seed=1)
+    found = Sampler(read_examples(refs["data"].path), section.phases[0], 1)
+    assert list(caught.value.ids) == [example.query_id for example, _, _ in found.draw(1)]
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-1"]
+    assert [row["step"] for row in json_lines(next(tmp_path.rglob("metrics.jsonl")))] == [1]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradcache.step
+
+    def poisoned(encoder: Encoder, *arguments: Any, **options: Any) -> Any:
+        report = plain(encoder, *arguments, **options)
+        next(p for p in encoder.model.parameters() if p.grad is not None).grad[0, 0] = float("nan")
+        return report
+
+    monkeypatch.setattr(gradcache, "step", poisoned)
+    with pytest.raises(NotFinite, match="step 1: the gradient is not finite"):
+        Store(tmp_path).produce(TRAIN, config(), refs, seed=1)
+
+
+# The key
+
+
+BASE = config({**GRL, "warmup_share": 0.0})
+CHANGES: list[tuple[str, str, Any]] = [
+    ("phase", "objective", {"kind": "grl", "beta": 0.5}),
+    ("phase", "steps", 4),
+    ("phase", "batch_size", 3),
+    ("phase", "num_negatives", 1),
+    ("phase", "learning_rate", 0.02),
+    ("phase", "warmup_share", 0.6),
+    ("phase", "schedule", "linear"),
+    ("phase", "weight_decay", 0.5),
+    ("phase", "max_grad_norm", 0.05),
+    ("generation", "template", "Q: {query}\nA:"),
+    ("generation", "passage_tokens", 5),
+    ("generation", "queries", 3),
+    ("adapter", "rank", 3),
+    ("adapter", "alpha", 8),
+    ("adapter", "dropout", 0.3),
+    ("adapter", "targets", ("q_proj", "v_proj")),
+    ("adapter", "use_rslora", True),
+    ("adapter", "use_dora", True),
+]
+
+
+def changed(place: str, field: str, value: Any) -> TrainConfig:
+    section = BASE.model_dump()
+    phase = section["phases"][0]
+    {"phase": phase, "generation": phase["generation"], "adapter": section["adapter"]}[place][field] = value
+    return TrainConfig.model_validate({**section, "phases": [phase]})
+
+
+@pytest.fixture(scope="module")
+def base_run(refs: dict[str, ArtifactRef], tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
+    return Store(tmp_path_factory.mktemp("base")).produce(TRAIN, BASE, refs, seed=1)
+
+
+@pytest.mark.parametrize(("place", "field", "value"), CHANGES, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_field_changes_the_key_and_the_weights(
+    place: str, field: str, value: Any, refs: dict[str, ArtifactRef], base_run: ArtifactRef, tmp_path: Path
+) -> None:
+    store, section = Store(tmp_path), changed(place, field, value)
+    assert store.key(TRAIN, section, refs, seed=1) != store.key(TRAIN, BASE, refs, seed=1)
+    assert weights_of(store.produce(TRAIN, section, refs, seed=1)) != weights_of(base_run)
+
+
+def test_every_field_is_among_those_tried() -> None:
+    tried = {(place, field) for place, field, _ in CHANGES}
+    sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
+    known = {(place, field) for place, section in sections.items() for field in section.model_fields}
+    assert known - tried == {("phase", "generation")}
+    assert set(TrainConfig.model_fields) == {"phases", "adapter", "runtime"}
+
+
+def test_seed_and_adapter_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    keys = {
+        store.key(TRAIN, section, refs, seed=seed)
+        for section, seed in ((BASE, 1), (BASE, 2), (BASE.model_copy(update={"adapter": None}), 1))
+    }
+    assert len(keys) == 3
+    other = TrainConfig.model_validate({**BASE.model_dump(), "runtime": {"chunk_tokens": 50, "checkpoint_every": 1}})
+    assert store.key(TRAIN, other, refs, seed=1) == store.key(TRAIN, BASE, refs, seed=1)
+
+
+def test_runtime_changes_speed_and_rounding_only(refs: dict[str, ArtifactRef], base_run: ArtifactRef, tmp_path: Path) -> None:
+    other = TrainConfig.model_validate({**BASE.model_dump(), "runtime": {"chunk_tokens": 50, "checkpoint_every": 1}})
+    ref = Store(tmp_path).produce(TRAIN, other, refs, seed=1)
+    before, after = (load_file(where.path / "model.safetensors") for where in (base_run, ref))
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+
+
+@pytest.mark.parametrize("template", ["no question", "{query} {query}", "{query} {answer}", " "])
+def test_a_template_without_exactly_the_query_is_refused(template: str) -> None:
+    with pytest.raises(ValidationError, match=r"with \{query\} in it once"):
+        GenerationConfig(template=template)
