@@ -92,7 +92,7 @@ def encode(section: EncodeConfig, inputs: Inputs, draft: Draft) -> None:
                 where = [unique[p] for p in positions]
                 if not np.isfinite(block).all():
                     bad = [ids[where[row]] for row in np.flatnonzero(~np.isfinite(block).all(1))]
-                    raise NotFinite(0, "an embedding", bad)
+                    raise NotFinite(None, "an embedding", bad)
                 vectors[where] = block.astype(np.float16)
                 progress.advance(len(positions))
         _write_shard(draft.path, name, ids, vectors[first], {**expected, "truncated": cut})

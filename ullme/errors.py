@@ -83,15 +83,22 @@ class StageFailed(UllmeError):
 
 
 class NotFinite(UllmeError):
-    """A loss or gradient became NaN or infinite; training stops and keeps the last good checkpoint."""
+    """A loss, gradient or embedding is NaN or infinite; training stops and keeps the last good checkpoint.
 
-    def __init__(self, step: int, term: str, ids: Sequence[str]) -> None:
+    step: of training, or None outside of it. ids: the batch's queries, or the documents.
+    """
+
+    def __init__(self, step: int | None, term: str, ids: Sequence[str]) -> None:
         self.step, self.term, self.ids = step, term, tuple(ids)
         shown = ", ".join(self.ids[:8]) + (" ..." if len(self.ids) > 8 else "")
-        super().__init__(
-            f"step {step}: {term} is not finite (queries of the batch: {shown}); lower the learning rate, "
-            f"or look at these records; the last checkpoint is kept and the next run resumes from it"
-        )
+        if step is None:
+            text = f"{term} is not finite (documents: {shown}); the weights are damaged, or overflow: try backbone.dtype: float32"
+        else:
+            text = (
+                f"step {step}: {term} is not finite (queries of the batch: {shown}); lower the learning rate, "
+                "or look at these records; the last checkpoint is kept and the next run resumes from it"
+            )
+        super().__init__(text)
 
 
 class ArtifactError(UllmeError):

@@ -186,7 +186,7 @@ def _generation(
         if objective.uses_reference:
             with torch.no_grad(), encoder.adapters_off():
                 reference = _spread(encoder.sequence_logprobs(tokens)[0], where, (len(chunk), width))
-        with torch.set_grad_enabled(objective.uses_reference):
+        with torch.set_grad_enabled(objective.trains_generation):
             total, counts = encoder.sequence_logprobs(tokens)
         present = _spread(torch.ones_like(where), where, (len(chunk), width)) > 0
         positions = torch.tensor([batch.scored[g] for g in chunk], device=encoder.device)

@@ -182,8 +182,9 @@ class Sampler:
         scored = self.scored(step) if self.phase.objective.uses_generation else []
         settings = self.phase.generation
         tokenizer = encoder.tokenizer
-        prompts = [tokenizer(settings.template.format(query=drawn[row][0].query))["input_ids"] for row in scored]
         bodies = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)["input_ids"]
+        scored = [row for row in scored if bodies[candidates[row, 0]]]  # a passage without a token has no probability
+        prompts = [tokenizer(settings.template.format(query=drawn[row][0].query))["input_ids"] for row in scored]
         return TrainBatch(
             query_ids=[example.query_id for example, _, _ in drawn],
             queries=encoder.tokenise([example.query for example, _, _ in drawn], "query"),

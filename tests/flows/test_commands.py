@@ -227,14 +227,14 @@ def tracked(store: Path) -> None:
     ], done.stderr
 
 
-def left_behind(marker: str) -> list[str]:
-    """Command lines of processes whose environment holds `marker`."""
-    found = []
+def left_behind(marker: str) -> dict[int, str]:
+    """Command lines, by process, of the processes whose environment holds `marker`."""
+    found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 if marker.encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
     return found
@@ -260,7 +260,11 @@ def test_a_signal_ends_the_run_and_everything_it_started(
         assert process.wait(60) == code, "".join(lines) + rest
     assert "Traceback" not in rest
     deadline = time.monotonic() + 20
-    while any("flows.stage" in line for line in left_behind(str(tmp_path))) and time.monotonic() < deadline:
+    while any("flows.stage" in line for line in left_behind(str(tmp_path)).values()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    left = [line for line in left_behind(str(tmp_path)) if number != signal.SIGKILL or "flows.stage" in line]
-    assert left == []
+    left = left_behind(str(tmp_path))
+    if number == signal.SIGKILL:  # nobody was left to end Prefect's own server; the stage must end by itself all the same
+        for process_id in [process_id for process_id, line in left.items() if "uvicorn" in line]:
+            os.kill(process_id, signal.SIGTERM)
+            del left[process_id]
+    assert left == {}

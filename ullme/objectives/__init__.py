@@ -27,6 +27,11 @@ class Objective(Component):
         return False
 
     @property
+    def trains_generation(self) -> bool:
+        """True when `generation_loss` has terms, so that the candidates' log-probabilities need a gradient."""
+        return False
+
+    @property
     def uses_reference(self) -> bool:
         """True when the log-probabilities under the reference model (adapters off) are needed too."""
         return False

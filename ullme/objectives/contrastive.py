@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ullme.objectives import Objective
 
@@ -26,6 +26,12 @@ class Contrastive(Objective):
     temperature: float = Field(default=0.05, gt=0)
     in_batch: bool = True
     symmetric: bool = False
+
+    @model_validator(mode="after")
+    def _both_ways_need_the_batch(self) -> Contrastive:
+        if self.symmetric and not self.in_batch:
+            raise ValueError("symmetric: true compares a passage with the batch's other queries, so it needs in_batch: true")
+        return self
 
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """One term, `contrastive`."""

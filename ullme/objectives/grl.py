@@ -42,6 +42,11 @@ class Grl(Objective):
         return self.preference_weight > 0 or self.kl_weight > 0
 
     @property
+    def trains_generation(self) -> bool:
+        """The preference term does; the alignment only reads the scores."""
+        return self.preference_weight > 0
+
+    @property
     def uses_reference(self) -> bool:
         """The preference term compares with the reference model."""
         return self.preference_weight > 0
