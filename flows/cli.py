@@ -156,8 +156,9 @@ def search_command(
     ] = False,
 ) -> int:
     """Answer a question from the released model and index: rank, score, id and an excerpt of each document."""
+    from flows.registry import Registry
     from flows.retriever import Retriever
-    from flows.tracking import Registry, TrackingConfig
+    from flows.tracking import TrackingConfig
     from ullme.errors import ArtifactError, ConfigError
 
     if k < 1:

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from flows.tracking import PromotionConfig, TrackingConfig
+from flows.registry import PromotionConfig
+from flows.tracking import TrackingConfig
 from indexes.index import IndexKind
 from ullme.backbone import BackboneConfig
 from ullme.components import Component, Section, component, component_class, did_you_mean, resolve

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.pipeline import Pipeline
-from flows.tracking import Promotion
+from flows.registry import Promotion
 from ullme.artifacts import ArtifactRef
 from ullme.data import Dataset
 from ullme.evaluation import compare

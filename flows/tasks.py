@@ -18,9 +18,10 @@ from prefect.concurrency.sync import concurrency
 
 from flows.child import run_stages
 from flows.pipeline import Pipeline, Planned, names
+from flows.registry import Promotion, Registry, promote
 from flows.retriever import Release
 from flows.stage import StageRequest
-from flows.tracking import Promotion, Registry, Tracker, promote
+from flows.tracking import Tracker
 from ullme.artifacts import ArtifactRef
 
 __all__ = ["TRAINING_LIMIT", "Producer", "launch", "release"]
@@ -52,7 +53,8 @@ def release(made: dict[str, Any], reports: dict[str, str], tracking: dict[str, A
 
     tracking: config, store, rule, pinned, run_id.
     """
-    from flows.tracking import PromotionConfig, TrackingConfig
+    from flows.registry import PromotionConfig
+    from flows.tracking import TrackingConfig
 
     registry = Registry.at(TrackingConfig.model_validate(tracking["config"]), Path(tracking["store"]))
     promotion = promote(

@@ -12,10 +12,11 @@ from prefect.runtime import flow_run
 
 from flows.config import RunConfig
 from flows.pipeline import Pipeline
+from flows.registry import Registry
 from flows.report import page_rows, plot, summarise
 from flows.retriever import Release
 from flows.tasks import Producer, show_scores
-from flows.tracking import Registry, Tracker
+from flows.tracking import Tracker
 from ullme.artifacts import Store
 from ullme.errors import ArtifactError
 

@@ -20,7 +20,7 @@ HEAVY = {
 }  # fmt: skip
 ONLY_IN = {
     "prefect": ("flows/",),
-    "mlflow": ("flows/tracking.py", "flows/model.py"),
+    "mlflow": ("flows/tracking.py", "flows/registry.py", "flows/model.py"),
     "faiss": ("indexes/index.py",),
     "mteb": ("ullme/evaluation.py", "ullme/tasks/"),
 }

@@ -179,13 +179,17 @@ class Store:
                 "it is not the artifact that was meant"
             )
         if _content_digest(manifest["kind"], manifest["files"]) != manifest["digest"]:
-            raise ArtifactError(f"{ref}: manifest.json was edited (its digest does not follow from its files); run again to rebuild")
+            raise ArtifactError(
+                f"{ref}: manifest.json was edited (its digest does not follow from its files); run again to rebuild"
+            )
         for name, entry in manifest["files"].items():
             file = ref.path / name
             if not file.is_file():
                 raise ArtifactError(f"{ref}: file {name} is missing; run again to rebuild it")
             if file.stat().st_size != entry["size"] or sha256_file(file) != entry["sha256"]:
-                raise ArtifactError(f"{ref}: file {name} is damaged (size or sha256 differs from the manifest); run again to rebuild it")
+                raise ArtifactError(
+                    f"{ref}: file {name} is damaged (size or sha256 differs from the manifest); run again to rebuild it"
+                )
         extra = sorted(set(_list_files(ref.path)) - set(manifest["files"]))
         if extra:
             raise ArtifactError(f"{ref}: unexpected file {extra[0]} in an immutable directory; remove it or run again to rebuild")
@@ -220,7 +224,7 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             set_aside(final)
-        os.rename(draft.path, final)
+        draft.path.rename(final)
         _fsync(final.parent)
         self._verified[str(final)] = digest
         return ArtifactRef(kind=kind, uri=str(final), digest=digest, meta=draft.meta)
@@ -280,7 +284,7 @@ def write_atomic(path: Path, text: str) -> None:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
     _fsync(path.parent)
 
 
@@ -289,8 +293,7 @@ def set_aside(path: Path) -> Path:
     number = 0
     while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
-    os.rename(path, target)
-    return target
+    return path.rename(target)
 
 
 def _content_digest(kind: str, files: Mapping[str, Mapping[str, Any]]) -> str:

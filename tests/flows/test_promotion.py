@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import report
 
+from flows.registry import Promotion, PromotionConfig, Registry, promote
 from flows.retriever import Release, Retriever
-from flows.tracking import Promotion, PromotionConfig, Registry, TrackingConfig, promote
+from flows.tracking import TrackingConfig
 from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ConfigError, ContractError
 
