@@ -1,0 +1,49 @@
+"""What the README shows must be true: its YAML loads, its tree names real files, its numbers are those of the kept run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flows.config import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_yaml_for_your_own_corpus_is_a_valid_configuration(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    file = tmp_path / "mine.yaml"
+    file.write_text(block, encoding="utf-8")
+    assert load(file).data.source.kind == "beir"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "smoke", "reference"])
+def test_every_shipped_configuration_loads(name: str) -> None:
+    assert load(ROOT / "configs" / f"{name}.yaml").training.phases
+
+
+def test_every_file_of_the_tree_exists() -> None:
+    tree = README.rpartition("```\n\nLicence")[0].rpartition("```\n")[2]
+    folder, missing = "", []
+    for line in tree.splitlines():
+        names = line[:34].split() if len(line) > 34 else line.split()
+        if names and not line.startswith(" ") and names[0].endswith("/"):
+            folder = names[0]
+            missing += [] if (ROOT / folder).is_dir() else [folder]
+        for name in names:
+            place = ROOT / folder / name if line.startswith(" ") else ROOT / name
+            if not place.exists():
+                missing.append(str(place.relative_to(ROOT)))
+    assert not missing
+
+
+def test_the_scores_shown_are_those_of_the_kept_run() -> None:
+    kept = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    for system in ("base", "tuned", "bm25"):
+        for value in kept["scores"][system]["retrieval"].values():
+            assert f"{value:.3f}" in README
+    assert f"{kept['seconds']:.0f} s in all" in README
