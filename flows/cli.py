@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # a fresh home runs its migrations first
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -309,7 +310,8 @@ class _Plain(logging.StreamHandler[Any]):
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        erase = "\r\x1b[K" if sys.stdout.isatty() else ""  # a progress bar may stand on this line; it draws itself again
+        self.setFormatter(logging.Formatter(f"{erase}%(message)s"))
         self.addFilter(lambda record: hasattr(record, "ullme"))
 
 
