@@ -2,7 +2,7 @@
 
 peft multiplies a float32 adapter beside a bfloat16 weight: every layer converts its input, runs two float32 products and a
 mixed-type sum. Here the adapter stays float32 (what the optimizer needs), its products run in the input's type and the
-sums are fused into them (addmm), which measured 1.1 to 1.25 times the speed of a training step on a CPU.
+sums are fused into them (addmm), which saves conversions and passes over memory in every layer.
 """
 
 from __future__ import annotations
