@@ -33,8 +33,8 @@ ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 """Set for the child unless the caller's environment says otherwise. Idle OpenMP threads sleep: torch and faiss share the cores.
-glibc's malloc keeps the memory of activations, in huge pages, instead of returning it after every layer: otherwise much of a training
-step on a CPU is page faults."""
+glibc's malloc keeps the memory of activations, in huge pages, instead of returning it after every layer: otherwise much of a
+training step on a CPU is page faults."""
 
 
 def run_stages(store: Path, stages: Sequence[StageRequest], say: Callable[[str], None]) -> list[tuple[ArtifactRef, float]]:
