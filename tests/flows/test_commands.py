@@ -248,7 +248,15 @@ def test_a_signal_ends_the_run_and_everything_it_started(
     env = {**home, "MARKER_OF_TEST": str(tmp_path)}
     command = [*DOORS["ullme run"], "train-and-index", "--config", SMOKE, "--set", f"store={tmp_path}/store"]
     command += ["--set", "training.phases.0.steps=5000"]
-    with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell makes its children ignore it
+    ) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
