@@ -275,7 +275,14 @@ def dispatch(app: App, tokens: Sequence[str]) -> int:
         return INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    except Exception:
+    except OSError as error:
+        _complain(f"{error}; mend that and run the same command again, what is finished is kept")
+        return 1
+    except Exception as error:
+        if "mlflow.exceptions" in sys.modules and isinstance(error, sys.modules["mlflow.exceptions"].MlflowException):
+            said = next((line for line in str(error).splitlines() if "Error)" in line), str(error).splitlines()[0])
+            _complain(f"MLflow cannot be written: {said}; free space or bring its server back, then run the same command again")
+            return 1
         traceback.print_exc()
         return 1
     finally:

@@ -6,6 +6,7 @@ the results go. Log lines go to stdout as `HH:MM:SS stage: message`; progress ba
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -139,6 +140,11 @@ def main(arguments: Sequence[str]) -> int:
             outcome.failed, outcome.cause, outcome.message = item.label, type(error).__name__, str(error)
             write_atomic(request.result, outcome.model_dump_json())
             return error.exit_code
+        except OSError as error:  # a full disk, a folder that may not be written: the machine's trouble, not a mistake in the code
+            outcome.failed, outcome.cause, outcome.message = item.label, type(error).__name__, f"{error}; mend that and run again"
+            with contextlib.suppress(OSError):
+                write_atomic(request.result, outcome.model_dump_json())
+            return 1
         except Exception:
             logging.getLogger("flows.stage").error("%s", traceback.format_exc())
             outcome.failed = item.label

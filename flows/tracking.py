@@ -115,7 +115,7 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)
-        self._client.set_terminated(self.run_id, "FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+        _terminate(self._client, self.run_id, "FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """The resolved configuration: flat parameters, and a YAML file."""
@@ -152,7 +152,7 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            self._client.set_terminated(run.run_id, status)
+            _terminate(self._client, run.run_id, status)
 
     def scores(self, values: Mapping[str, float]) -> None:
         """Final numbers of the pipeline's run."""
@@ -182,6 +182,16 @@ def _forwarded(file: Path, run: StageRun) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=30)
+
+
+def _terminate(client: MlflowClient, run_id: str, status: str) -> None:
+    """Close a run. Where MLflow cannot be written any more, that must not hide why the run ended."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_terminated(run_id, status)
+    except MlflowException as error:
+        logger.warning("the run's status %s could not be recorded: %s", status, str(error).splitlines()[0])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
