@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 from flows.config import RunConfig
 from flows.retriever import Release
@@ -13,7 +14,12 @@ from ullme.artifacts import ArtifactRef, Store
 from ullme.components import Section
 from ullme.errors import ArtifactError
 
-__all__ = ["Pipeline", "Planned", "Step"]
+__all__ = ["Model", "Pipeline", "Planned", "Step", "names"]
+
+Model = Literal["trained", "champion"]
+"""Whose vectors are released: of the model that this run trains, or of the one that is released at present."""
+TARGETS = {"mine": ["mine"], "train": ["train"], "encode": ["encode tuned"], "index": ["index"]}
+"""What a verb of one stage makes; `evaluate` makes every report, `promote` everything."""
 
 
 @dataclass(frozen=True)
@@ -43,56 +49,80 @@ class Pipeline:
     """The steps of `config`, the references made so far, and what remains.
 
     A champion whose model is not the one trained here takes part: it is encoded, indexed with the same `index` section, and
-    evaluated on the same data.
+    evaluated on the same data. Of the champion's own model (`model="champion"`) nothing is trained: the corpus as it is now
+    is encoded with it, indexed and measured.
     """
 
-    def __init__(self, config: RunConfig, champion: Release | None = None) -> None:
-        """config: resolved. champion: what is released at present."""
-        self.config, self.store = config, Store(config.store)
+    def __init__(
+        self, config: RunConfig, champion: Release | None = None, *, model: Model = "trained", until: str = "promote"
+    ) -> None:
+        """config: resolved. champion: what is released at present. until: the verb of the last stage that is wanted.
+
+        Raises:
+            ArtifactError: the champion's model is asked for, and there is none.
+        """
+        if model == "champion" and champion is None:
+            raise ArtifactError(
+                f"no version of '{config.tracking.model_name}' is released, or its model is gone: there is nothing to refresh; "
+                "run train-and-index first"
+            )
+        self.config, self.store, self.champion, self.model = config, Store(config.store), champion, model
         self.made: dict[str, ArtifactRef] = {}
-        self.champion_model = champion.model if champion else None
-        self.steps = {step.name: step for step in self._steps()}
-        if self.champion_model is not None:
-            self.made["champion"] = self.champion_model
+        if champion is not None:
+            self.made["champion"] = champion.model
+        self.steps = self._needed({step.name: step for step in self._steps()}, until)
+
+    @property
+    def released_model(self) -> str:
+        """Name of what makes the model that this run releases."""
+        return "champion" if self.model == "champion" else "train"
 
     def _steps(self) -> list[Step]:
         config = self.config
-        evaluated = {"base": False, "tuned": True, "champion": True}
-        if config.promotion.through == "index":
-            evaluated["base"] = True
-        if self.champion_model is None:
-            del evaluated["champion"]
-        model = {"base": "backbone", "tuned": "train", "champion": "champion"}
-        mining = {"data": "data", **({"model": "backbone"} if config.mining.miner.needs_model else {})}
-        training = {"data": "data", "negatives": "mine", "model": "backbone"}
-        steps = [
-            self._step("data", "data", config.data, {}),
-            self._step("backbone", "backbone", config.backbone, {}),
-            self._step("mine", "mine", config.mining, mining),
-            self._step("train", "train", config.training, training),
-        ]
-        steps += [
-            self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model[who]}) for who in evaluated
-        ]
-        steps += [
-            self._step("index" if who == "tuned" else f"index {who}", "index", config.index, {"embeddings": f"encode {who}"})
-            for who, indexed in evaluated.items()
-            if indexed
-        ]
-        steps.append(self._step("evaluate bm25", "evaluate", config.evaluation, {"data": "data"}))
-        for who, indexed in evaluated.items():
-            inputs = {"data": "data", "model": model[who], "embeddings": f"encode {who}"}
-            if indexed:
-                inputs["index"] = "index" if who == "tuned" else f"index {who}"
+        models, indexed = {"tuned": self.released_model}, {"tuned"}
+        steps = [self._step("data", "data", config.data, {})]
+        if self.model == "trained":
+            models = {"base": "backbone", **models}
+            if self.champion is not None:
+                models["champion"] = "champion"
+                indexed.add("champion")
+            if config.promotion.through == "index":
+                indexed.add("base")
+            start = "champion" if config.training.start_from == "champion" and self.champion is not None else "backbone"
+            mining = {"data": "data", **({"model": "backbone"} if config.mining.miner.needs_model else {})}
+            steps += [
+                self._step("backbone", "backbone", config.backbone, {}),
+                self._step("mine", "mine", config.mining, mining),
+                self._step("train", "train", config.training, {"data": "data", "negatives": "mine", "model": start}),
+            ]
+        for who, model in models.items():
+            steps.append(self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model}))
+        index = {who: "index" if who == "tuned" else f"index {who}" for who in models if who in indexed}
+        for who, name in index.items():
+            steps.append(self._step(name, "index", config.index, {"embeddings": f"encode {who}"}))
+        if self.model == "trained":
+            steps.append(self._step("evaluate bm25", "evaluate", config.evaluation, {"data": "data"}))
+        for who, model in models.items():
+            inputs = {"data": "data", "model": model, "embeddings": f"encode {who}"}
+            if who in index:
+                inputs["index"] = index[who]
             steps.append(self._step(f"evaluate {who}", "evaluate", config.evaluation, inputs))
         return steps
 
     def _step(self, name: str, stage: str, section: Section, inputs: Mapping[str, str]) -> Step:
         return Step(name, stage, section, inputs, _seed_of(stage, self.config.seed))
 
+    def _needed(self, steps: dict[str, Step], until: str) -> dict[str, Step]:
+        """The steps that `until` takes, in order."""
+        wanted = set(TARGETS.get(until, steps))
+        for name in reversed(steps):
+            if name in wanted:
+                wanted |= set(steps[name].inputs.values()) & steps.keys()
+        return {name: step for name, step in steps.items() if name in wanted}
+
     def named(self, *stages: str) -> list[str]:
         """Names of the steps of these stages, in order; those of the champion only where it is another model than the tuned one."""
-        same = self.champion_model is not None and "train" in self.made and self.made["train"].digest == self.champion_model.digest
+        same = self.champion is not None and "train" in self.made and self.made["train"].digest == self.champion.model.digest
         return [
             name
             for name, step in self.steps.items()
@@ -126,31 +156,50 @@ class Pipeline:
         skipped = set(self.steps) - set(self.named(*self.steps))
         return [planned for planned in plan if planned.step.name not in skipped]
 
+    def nothing_new(self) -> bool:
+        """Whether everything is made already and what it would release is what is released. Makes the plan."""
+        return all(planned.ref for planned in self.plan()) and (
+            self.champion is not None and self.release().digests == self.champion.digests
+        )
+
     def request(self, name: str) -> StageRequest:
-        """What a child process needs to know to run a step whose inputs are made."""
+        """What a child process needs to know to run a step: inputs that are not made yet come from steps before it there."""
         step = self.steps[name]
         refs = self._refs(step)
-        return StageRequest(
-            label=name,
-            stage=step.stage,
-            section=step.section.model_dump(mode="json", serialize_as_any=True),
-            refs=refs,
-            seed=step.seed,
-            key=self.store.key(STAGES[step.stage].stage, step.section, refs, seed=step.seed),
-        )
+        after = {source: made for source, made in step.inputs.items() if made not in self.made}
+        key = "" if after else self.store.key(STAGES[step.stage].stage, step.section, refs, seed=step.seed)
+        section = step.section.model_dump(mode="json", serialize_as_any=True)
+        return StageRequest(label=name, stage=step.stage, section=section, refs=refs, seed=step.seed, key=key, after=after)
 
     def release(self) -> Release:
         """What this run has made, ready to be released together."""
         reports = {name.removeprefix("evaluate "): self.made[name] for name in self.named("evaluate")}
         reports.pop("champion", None)
-        return Release(model=self.made["train"], index=self.made["index"], data=self.made["data"], reports=reports)
+        return Release(model=self.made[self.released_model], index=self.made["index"], data=self.made["data"], reports=reports)
 
     def reports(self) -> dict[str, ArtifactRef]:
         """System -> its measurement, as far as made."""
         return {name.removeprefix("evaluate "): self.made[name] for name in self.named("evaluate") if name in self.made}
 
     def _refs(self, step: Step) -> dict[str, ArtifactRef]:
-        return {name: self.made[source] for name, source in step.inputs.items()}
+        refs = {name: self.made[source] for name, source in step.inputs.items() if source in self.made}
+        if step.name == "train" and step.inputs["model"] == "champion":
+            refs["model"] = self._start(step, refs)
+        return refs
+
+    def _start(self, step: Step, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+        """What training starts from: the champion; where this very training made the champion, what that started from.
+
+        Without this a run that is repeated after its release would train what it has trained once more.
+        """
+        champion = refs["model"]
+        try:
+            inputs = self.store.manifest(champion).get("provenance", {}).get("inputs", {})
+            before = ArtifactRef.model_validate(inputs["model"])
+        except (ArtifactError, KeyError, ValueError):
+            return champion  # not made by training
+        key = self.store.key(STAGES["train"].stage, step.section, {**refs, "model": before}, seed=step.seed)
+        return before if key == champion.path.name else champion
 
 
 def _seed_of(stage: str, seed: int) -> int:

@@ -1,69 +1,59 @@
-"""The MLflow registry: model and index released together as one version, and the rule that decides which one is in use."""
+"""The MLflow registry: model and index released together as one version, and the alias of the one that is in use.
+
+What is in use is what the alias `champion` points at, and it moves with one call. Around it three tags are written:
+
+    crowned     JSON list of {at, why}: every time that the version became the champion, oldest first
+    crowning    the entry that belongs there next, from before the alias moves until it stands in `crowned`
+    withdrawn   "TIME: why" of a version that was rolled back
+
+so a process that is killed in between leaves either the former champion, or the new one with its `crowning` still open.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any
 
 from flows.retriever import Release
 from flows.tracking import TrackingConfig, connect, quiet
-from ullme.components import Section
+from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ArtifactError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Promotion", "PromotionConfig", "Registry", "Version", "promote"]
+__all__ = ["CHALLENGER", "CHAMPION", "Registry", "Version", "verify"]
 
-CHAMPION, CHALLENGER = "champion", "challenger"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
 TAG_CHARACTERS = 4_900
-
-
-class PromotionConfig(Section):
-    """When the released champion changes: better than the present one on the same queries and corpus, by more than chance.
-
-    task: empty means the first of `evaluation.tasks`. through: compare exact search, or search through the index.
-    alpha: largest p of the paired randomisation test.
-    """
-
-    metric: str = "ndcg_at_10"
-    task: str = ""
-    through: Literal["exact", "index"] = "exact"
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-
-
-class Promotion(BaseModel):
-    """What became of a release.
-
-    promoted: the alias `champion` was moved to it. champion: it holds the alias now. created: it is a new version, not one
-    that was there with the same model, index and data.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    promoted: bool
-    champion: bool
-    created: bool
-    name: str
-    version: int
-    why: str
-    difference: float | None = None
-    p: float | None = None
+KEPT_REIGNS = 8
+WHY_CHARACTERS = 500
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+ABSENT = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # what MLflow says of a name or an alias that is not there
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version and what it releases."""
+    """A registered version and what it releases.
+
+    crowned: when it became the champion and why, oldest first. withdrawn: when and why it was rolled back, or empty.
+    made: when it was registered. aliases: those that it holds.
+    """
 
     name: str
     number: int
     release: Release
+    crowned: Sequence[Mapping[str, str]] = ()
+    withdrawn: str = ""
+    made: str = ""
+    aliases: Sequence[str] = ()
 
 
 class Registry:
@@ -87,26 +77,48 @@ class Registry:
         Raises:
             ArtifactError: the version was not made by this project.
         """
-        from mlflow.exceptions import MlflowException
+        found = self._found(alias)
+        return None if found is None else self._version(found, self._aliases())
 
-        try:
-            found = self._client.get_model_version_by_alias(self.name, alias)
-        except MlflowException:
-            return None
-        return self._version(found)
+    def versions(self) -> list[Version]:
+        """Every version of the name that this project made, newest first."""
+        aliases = self._aliases()
+        found = self._client.search_model_versions(f"name='{self.name}'")
+        ours = [self._version(version, aliases) for version in found if "release" in version.tags]
+        return sorted(ours, key=lambda version: -version.number)
+
+    def names(self) -> list[str]:
+        """Every name that the registry has."""
+        return [model.name for model in self._client.search_registered_models()]
+
+    def named(self, name: str) -> Registry:
+        """The same registry, under another name."""
+        return Registry(self._client, name)
 
     def champion(self) -> Version | None:
         """The version that is in use."""
         return self.holder(CHAMPION)
 
+    def usable_champion(self) -> Release | None:
+        """What is in use, if its model can still be opened."""
+        champion = self.champion()
+        if champion is None:
+            return None
+        model = champion.release.model
+        try:
+            Store(model.path.parent.parent).open(model, "model")
+        except ArtifactError:
+            return None
+        return champion.release
+
     def find(self, release: Release) -> Version | None:
         """The version that releases this model with this index and data, or None."""
         found = self._client.search_model_versions(f"name='{self.name}'")
         same = [version for version in found if release.digests.items() <= version.tags.items()]
-        return self._version(min(same, key=lambda version: int(version.version))) if same else None
+        return self._version(min(same, key=lambda version: int(version.version)), self._aliases()) if same else None
 
     def register(self, release: Release, *, run_id: str | None) -> Version:
-        """A new version: a models-from-code wrapper with a release.json of references. It becomes the challenger."""
+        """A new version: a models-from-code wrapper with a release.json of references."""
         import mlflow
         from mlflow.exceptions import MlflowException
 
@@ -128,94 +140,107 @@ class Registry:
         made = self._client.create_model_version(
             self.name, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id, await_creation_for=0
         )
-        self._client.set_registered_model_alias(self.name, CHALLENGER, made.version)
         return Version(self.name, int(made.version), bare)
 
-    def crown(self, version: Version) -> None:
-        """Move the alias `champion` to a version; it is no longer the challenger."""
-        self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
-        challenger = self.holder(CHALLENGER)
-        if challenger is not None and challenger.number == version.number:
-            self._client.delete_registered_model_alias(self.name, CHALLENGER)
+    def challenge(self, version: Version) -> None:
+        """Point the alias `challenger` at a version: the newest one that is not in use."""
+        self._client.set_registered_model_alias(self.name, CHALLENGER, str(version.number))
 
-    def _version(self, found: Any) -> Version:
+    def crown(self, version: Version, *, why: str, left: Version | None = None) -> None:
+        """Move the alias `champion` to a version, which is then no longer the challenger, and write down when and why.
+
+        left: the version that this rolls back from.
+        """
+        self.settle()
+        reign = {"at": _now(), "why": why[:WHY_CHARACTERS], **({"left": str(left.number)} if left else {})}
+        self._tag(version, "crowning", json.dumps(reign, ensure_ascii=False))
+        self._client.set_registered_model_alias(self.name, CHAMPION, str(version.number))
+        self.settle()
+
+    def settle(self) -> Mapping[str, str] | None:
+        """Finish what was interrupted after the champion had changed; returns its entry, or None where nothing was open."""
+        found = self._found(CHAMPION)
+        if found is None:
+            return None
+        champion = self._version(found, {CHAMPION: int(found.version)})
+        if "crowning" in found.tags:
+            self._tag(champion, "crowned", json.dumps(champion.crowned[-KEPT_REIGNS:], ensure_ascii=False))
+            self._client.delete_model_version_tag(self.name, str(champion.number), "crowning")
+        challenger = self._found(CHALLENGER)
+        if challenger is not None and int(challenger.version) == champion.number:
+            self._client.delete_registered_model_alias(self.name, CHALLENGER)
+        return champion.crowned[-1] if "crowning" in found.tags else None
+
+    def withdraw(self, version: Version, *, why: str) -> None:
+        """Mark a version as rolled back: it does not become the champion again by itself."""
+        self._tag(version, "withdrawn", f"{_now()}: {why}"[:WHY_CHARACTERS])
+
+    def reinstate(self, version: Version) -> None:
+        """Take the mark of `withdraw` away."""
+        self._client.delete_model_version_tag(self.name, str(version.number), "withdrawn")
+
+    def _tag(self, version: Version, name: str, value: str) -> None:
+        self._client.set_model_version_tag(self.name, str(version.number), name, value)
+
+    def _found(self, alias: str) -> Any:
+        """What MLflow has under an alias, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_model_version_by_alias(self.name, alias)
+        except MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
+            return None
+
+    def _aliases(self) -> Mapping[str, int]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self._client.get_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
+            return {}
+        return {alias: int(number) for alias, number in model.aliases.items()}
+
+    def _version(self, found: Any, aliases: Mapping[str, int]) -> Version:
+        number = int(found.version)
         try:
             release = Release.model_validate_json(found.tags["release"])
         except (KeyError, ValueError) as error:
             raise ArtifactError(
-                f"version {found.version} of '{self.name}' was not released by this project (no tag `release`); choose another "
+                f"version {number} of '{self.name}' was not released by this project (no tag `release`); choose another "
                 "tracking.model_name"
             ) from error
-        return Version(self.name, int(found.version), release)
+        crowned = json.loads(found.tags.get("crowned", "[]"))
+        open_entry = json.loads(found.tags.get("crowning", "null"))
+        if open_entry is not None and open_entry not in crowned and aliases.get(CHAMPION) == number:
+            crowned.append(open_entry)
+        return Version(
+            self.name,
+            number,
+            release,
+            crowned,
+            found.tags.get("withdrawn", ""),
+            made=time.strftime(TIME_FORMAT, time.gmtime(found.creation_timestamp / 1000)),
+            aliases=sorted(alias for alias, held in aliases.items() if held == number),
+        )
 
 
-def promote(
-    registry: Registry,
-    release: Release,
-    reports: Mapping[str, Path],
-    *,
-    rule: PromotionConfig,
-    pinned: bool = True,
-    run_id: str | None = None,
-) -> Promotion:
-    """Register a release, and make it the champion if it is better than what is in use.
-
-    It is compared with the present champion, or where there is none with its own base model, by per-query scores on the
-    same queries and corpus. The same model, index and data are never registered twice.
-
-    Args:
-        registry: where.
-        release: model, index and data.
-        reports: report artifacts: `tuned`, `base`, and `champion` where the champion is another model.
-        rule: what decides.
-        pinned: False forbids a promotion: the base model may change under its name.
-        run_id: MLflow run that the version belongs to.
+def verify(release: Release) -> None:
+    """Make sure that model, index and data of a release can be opened together, without loading the model.
 
     Raises:
-        ContractError: the reports are not of the same queries and corpus.
+        ArtifactError: one of them is missing or damaged. ContractError: the index was built with another model.
     """
-    from ullme.evaluation import compare
+    from indexes.index import Index
 
-    version = registry.find(release)
-    created = version is None
-    if version is None:
-        version = registry.register(release, run_id=run_id)
-    champion = registry.champion()
+    for kind in ("model", "data", "index"):
+        ref: ArtifactRef = getattr(release, kind)
+        Store(ref.path.parent.parent).open(ref, kind)
+    Index.open(release.index.path, fingerprint=release.model.digest)
 
-    def outcome(why: str, *, promoted: bool = False, difference: float | None = None, p: float | None = None) -> Promotion:
-        if promoted:
-            registry.crown(version)
-        holds = promoted or (champion is not None and champion.number == version.number)
-        return Promotion(
-            promoted=promoted,
-            champion=holds,
-            created=created,
-            name=version.name,
-            version=version.number,
-            why=why,
-            difference=difference,
-            p=p,
-        )
 
-    if champion is not None and champion.number == version.number:
-        return outcome(f"version {version.number} is the champion already: same model, index and data")
-    if not pinned:
-        return outcome("backbone.revision is not set, so the base model may change between runs; pin it to allow a promotion")
-    if champion is None:
-        rival, other = "its base model (there is no champion yet)", reports["base"]
-    elif champion.release.model.digest == release.model.digest:
-        rival, other = f"champion version {champion.number}, which is the same model with another index or data", reports["tuned"]
-    elif "champion" in reports:
-        rival, other = f"champion version {champion.number}", reports["champion"]
-    else:
-        return outcome(
-            f"champion version {champion.number} could not be measured, its artifacts are gone; "
-            "move the alias by hand if that is right"
-        )
-    found = compare(reports["tuned"], other, rule.metric, task=rule.task or None, through=rule.through)
-    better = found.p < rule.alpha and found.difference > 0
-    verdict = "better than" if better else "worse than" if found.p < rule.alpha else "a tie (no more than chance) with"
-    numbers = (
-        f"{rule.metric} {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], p {found.p:.4f}, {found.queries} queries"
-    )
-    return outcome(f"{verdict} {rival}: {numbers}", promoted=better, difference=found.difference, p=found.p)
+def _now() -> str:
+    return time.strftime(TIME_FORMAT, time.gmtime())

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.pipeline import Pipeline
-from flows.registry import Promotion
+from flows.promotion import Promotion
 from ullme.artifacts import ArtifactRef
 from ullme.data import Dataset
-from ullme.evaluation import compare
+from ullme.errors import ArtifactError, ContractError
+from ullme.evaluation import compare, compare_standing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["page_rows", "plot", "show", "summarise"]
+__all__ = ["page_rows", "plot", "show", "show_stages", "summarise"]
 
 ORDER = ("base", "tuned", "champion", "bm25")
 QUESTION_CHARACTERS = 90
@@ -28,16 +30,24 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
 
     scores, intervals: system -> task -> metric; index_scores, index_intervals: the same through the index. queries,
     documents: task -> count. comparisons: the tuned model against each other system by the promotion's metric. stages:
-    name -> status (reused | ran), seconds, artifact. released: name, version, champion, why, model and index.
+    name -> status (reused | ran), seconds, artifact. texts_encoded: by the released model. released: name, version,
+    champion, why, model and index.
     """
     config = pipeline.config
     refs = pipeline.reports()
+    judge = partial(compare, metric=config.promotion.metric, task=config.decisive_task)
+    if pipeline.model == "champion":
+        judge = partial(compare_standing, metric=config.promotion.metric, task=config.decisive_task)
+        refs |= _former(pipeline)
     reports = {system: json.loads((ref.path / "report.json").read_text(encoding="utf-8")) for system, ref in refs.items()}
     tuned = reports["tuned"]
     comparisons = {}
     for system in reports:
         if system != "tuned":
-            found = compare(refs["tuned"].path, refs[system].path, config.promotion.metric, task=config.decisive_task)
+            try:
+                found = judge(refs["tuned"].path, refs[system].path)
+            except ContractError:
+                continue  # nothing in common any more; the promotion says so
             comparisons[system] = {"difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
     return {
         "scores": {system: _ordered(report["scores"], config.evaluation.metrics) for system, report in reports.items()},
@@ -53,13 +63,29 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
         "stages": dict(stages),
         "released": {
             **promotion.model_dump(mode="json"),
-            "model": str(pipeline.made["train"]),
+            "model": str(pipeline.made[pipeline.released_model]),
             "index": str(pipeline.made["index"]),
         },
+        "texts_encoded": _texts_encoded(pipeline, stages),
         "question": _question(pipeline),
         "store": str(config.store),
         "seconds": round(seconds, 1),
     }
+
+
+def _texts_encoded(pipeline: Pipeline, stages: Mapping[str, Any]) -> int:
+    """Texts that went through the released model in this run; the others' vectors were there."""
+    ran = stages["encode tuned"]["status"] == "ran"
+    return int(pipeline.made["encode tuned"].meta["texts_encoded"]) if ran else 0
+
+
+def _former(pipeline: Pipeline) -> dict[str, ArtifactRef]:
+    """The champion's own report, of the documents it was released with."""
+    ref = pipeline.champion.reports.get("tuned") if pipeline.champion else None
+    try:
+        return {"champion": ref} if ref is not None and pipeline.store.open(ref) else {}
+    except ArtifactError:
+        return {}
 
 
 def _ordered(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -127,21 +153,42 @@ def show(summary: Mapping[str, Any], console: Console, *, search: str) -> None:
             f"\\[{found['low']:+.3f}, {found['high']:+.3f}], p {found['p']:.4f}",
             highlight=False,
         )
+    _print_stages(summary, console)
+    released = summary["released"]
+    state = "new champion" if released["promoted"] else "champion as before" if released["champion"] else "not the champion"
+    version = f"{released['name']} version {released['version']}" + ("" if released["created"] else " (there already)")
+    console.print(f"released: {version}, {state}: {released['why']}", highlight=False, markup=False)
+    if "train" not in summary["stages"]:
+        console.print(f"{summary['texts_encoded']} texts encoded; the vectors of the others were there", highlight=False)
+    console.print(f"{summary['seconds']:.0f} s in all", highlight=False)
+    alias = "" if released["champion"] else " --alias challenger"
+    console.print(
+        f"try: ullme search {shlex.quote(summary['question'])}{search}{alias}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def show_stages(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the end of a run that released nothing: what was made, what is in it, and scores as far as measured."""
+    for system, tasks in summary["scores"].items():
+        for task, scores in tasks.items():
+            shown = ", ".join(f"{metric} {value:.3f}" for metric, value in scores.items())
+            console.print(f"{system} on {task}: {shown}", highlight=False, markup=False)
+    _print_stages(summary, console)
+    last = next(reversed(summary["stages"]))
+    counts = {name: value for name, value in summary["counts"][last].items() if isinstance(value, int | float)}
+    console.print(f"{last}: " + ", ".join(f"{name} {value:g}" for name, value in counts.items()), highlight=False, markup=False)
+    console.print(f"{summary['seconds']:.0f} s in all", highlight=False)
+
+
+def _print_stages(summary: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
     stages = Table(title="stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("stage", "", "seconds", "artifact"):
         stages.add_column(column, justify="right" if column == "seconds" else "left")
     for name, stage in summary["stages"].items():
         stages.add_row(name, stage["status"], f"{stage['seconds']:.1f}", stage["artifact"])
     console.print(stages)
-    released = summary["released"]
-    state = "new champion" if released["promoted"] else "champion as before" if released["champion"] else "not the champion"
-    version = f"{released['name']} version {released['version']}" + ("" if released["created"] else " (there already)")
-    console.print(f"released: {version}, {state}: {released['why']}", highlight=False, markup=False)
-    console.print(f"{summary['seconds']:.0f} s in all", highlight=False)
-    alias = "" if released["champion"] else " --alias challenger"
-    console.print(
-        f"try: ullme search {shlex.quote(summary['question'])}{search}{alias}", highlight=False, markup=False, soft_wrap=True
-    )
 
 
 def plot(folder: Path, summary: Mapping[str, Any], model: ArtifactRef) -> None:

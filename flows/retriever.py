@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from indexes.index import Index
     from ullme.data import Dataset
     from ullme.encoder import Encoder
+    from ullme.records import Document
 
 __all__ = ["Hit", "Release", "Retriever"]
 
@@ -64,7 +66,12 @@ class Release(BaseModel):
 
 
 class Hit(BaseModel):
-    """One answer. rank starts at 1; score is the cosine of query and document; excerpt is its beginning, for reading."""
+    """One answer. rank starts at 1; score is the cosine of query and passage; excerpt is its beginning, for reading.
+
+    id: of the document; what follows is that of its best passage, where it was cut into some, else of the document itself.
+    passage: id of that passage. section: where in the document it stands. passages: how many of the document's passages were
+    among those that were looked at.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,6 +81,9 @@ class Hit(BaseModel):
     title: str
     text: str
     excerpt: str
+    passage: str
+    section: str
+    passages: int
 
 
 class Retriever:
@@ -83,6 +93,7 @@ class Retriever:
         """Use `Retriever.open`."""
         self.encoder, self.index, self._dataset = encoder, index, dataset
         self._documents = {document.id: document for document in dataset.documents()}
+        self._in_passages = any(document.parent for document in self._documents.values())
         missing = next((name for name in index.ids if name not in self._documents), None)
         if missing is not None:
             raise ContractError(
@@ -121,31 +132,51 @@ class Retriever:
     def search(self, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
         """The k best documents of each text, best first; fewer where the corpus has fewer.
 
+        A document that was cut into passages is found by its best one.
+
         Raises:
             ContractError: k < 1.
         """
         if not texts:
             return []
-        found = self.index.search(self.embed(texts), k)
-        return [self._hits(rows, scores) for rows, scores in zip(found.rows, found.scores, strict=True)]
+        vectors = self.embed(texts)
+        hits: list[list[Hit]] = [[] for _ in texts]
+        wanting, reach = list(range(len(texts))), k
+        while wanting:
+            found = self.index.search(vectors[wanting], reach)
+            for place, rows, scores in zip(wanting, found.rows, found.scores, strict=True):
+                hits[place] = self._hits(rows, scores)
+            if not self._in_passages or reach >= self.index.count:
+                break
+            wanting = [place for place in wanting if len(hits[place]) < k]
+            reach = min(2 * reach, self.index.count)
+        return [of_text[:k] for of_text in hits]
 
     def _hits(self, rows: Any, scores: Any) -> list[Hit]:
-        hits = []
-        for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), start=1):
+        """One hit for each document that the rows belong to, in the order of their best passages."""
+        best: dict[str, tuple[Document, float]] = {}
+        seen: Counter[str] = Counter()
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
             if row < 0:
                 break
             document = self._documents[str(self.index.ids[row])]
-            hits.append(
-                Hit(
-                    rank=rank,
-                    score=score,
-                    id=document.id,
-                    title=document.title,
-                    text=document.text,
-                    excerpt=excerpt(document.text),
-                )
+            name = document.parent or document.id
+            best.setdefault(name, (document, score))
+            seen[name] += 1
+        return [
+            Hit(
+                rank=rank,
+                score=score,
+                id=name,
+                title=document.title,
+                text=document.text,
+                excerpt=excerpt(document.text),
+                passage=document.id,
+                section=document.section,
+                passages=seen[name],
             )
-        return hits
+            for rank, (name, (document, score)) in enumerate(best.items(), start=1)
+        ]
 
 
 def excerpt(text: str) -> str:

@@ -6,30 +6,33 @@ The store is the one truth about what is done, so Prefect's own cache is off (`N
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.sync import concurrency
+from prefect.runtime import flow_run
 
 from flows.child import run_stages
-from flows.pipeline import Pipeline, Planned, names
-from flows.registry import Promotion, Registry, promote
+from flows.config import RunConfig
+from flows.limits import LimitsConfig
+from flows.liveness import alive, alone, one_training
+from flows.locks import OWN_LINE
+from flows.pipeline import Model, Pipeline, Planned, names
+from flows.promotion import Promotion, promote
+from flows.registry import Registry
+from flows.report import page_rows, plot, summarise
 from flows.retriever import Release
 from flows.stage import StageRequest
 from flows.tracking import Tracker
-from ullme.artifacts import ArtifactRef
+from ullme.artifacts import ArtifactRef, now
+from ullme.errors import ConfigError, StageFailed
 
-__all__ = ["TRAINING_LIMIT", "Producer", "launch", "release"]
-
-TRAINING_LIMIT = "ullme-training"
-"""Global concurrency limit around training. `ullme setup` makes it with one slot; where nobody did, training does not wait."""
-OWN_LINE = {"ullme": True}
-"""Marks a log record as ours: the terminal shows these and leaves out what Prefect says about itself."""
+__all__ = ["Producer", "launch", "nothing_new", "producing", "release", "run_name"]
 
 
 @task(name="stage", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False)
@@ -37,13 +40,15 @@ def launch(
     label: str,  # noqa: ARG001 - names the task run
     store: str,
     requests: list[dict[str, Any]],
+    limits: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run stages in one child process; returns [{ref, seconds}]."""
+    """Run stages in one child process, within limits (the plain form of a `LimitsConfig`); returns [{ref, seconds}]."""
     log = get_run_logger()
+    bounds = LimitsConfig.model_validate(limits or {})
     stages = [StageRequest.model_validate(request) for request in requests]
     trains = any(stage.stage == "train" for stage in stages)
-    with concurrency(TRAINING_LIMIT, strict=False) if trains else contextlib.nullcontext():
-        made = run_stages(Path(store), stages, lambda line: log.info("%s", line, extra=OWN_LINE))
+    with one_training(Path(store)) if trains else contextlib.nullcontext():
+        made = run_stages(Path(store), stages, lambda line: log.info("%s", line, extra=OWN_LINE), limits=bounds)
     return [{"ref": ref.model_dump(mode="json"), "seconds": seconds} for ref, seconds in made]
 
 
@@ -53,10 +58,16 @@ def release(made: dict[str, Any], reports: dict[str, str], tracking: dict[str, A
 
     tracking: config, store, rule, pinned, run_id.
     """
-    from flows.registry import PromotionConfig
+    from flows.promotion import PromotionConfig
     from flows.tracking import TrackingConfig
 
-    registry = Registry.at(TrackingConfig.model_validate(tracking["config"]), Path(tracking["store"]))
+    config = TrackingConfig.model_validate(tracking["config"])
+    try:
+        registry = Registry.at(config, Path(tracking["store"]))
+    except ConfigError as error:  # it answered when the run began
+        raise StageFailed(
+            "promote", 1, (), message=f"{error}; everything that was made is in the store: bring it back and run the same command"
+        ) from error
     promotion = promote(
         registry,
         Release.model_validate(made),
@@ -68,11 +79,55 @@ def release(made: dict[str, Any], reports: dict[str, str], tracking: dict[str, A
     return promotion.model_dump(mode="json")
 
 
+def run_name() -> str:
+    """`SmolLM2-135M-Instruct pydocs 2026-01-31 14:03`, of the flow that is running."""
+    given = flow_run.parameters["config"]
+    config = given if isinstance(given, RunConfig) else RunConfig.model_validate(given)
+    model = Path(config.backbone.model.replace(":", "/")).name.split(".")[0]
+    return f"{model} {config.data.source.kind} {time.strftime('%Y-%m-%d %H:%M')}"
+
+
+def nothing_new(config: RunConfig) -> str:
+    """One line where a refresh would change nothing, else empty.
+
+    Raises:
+        ArtifactError: nothing is released.
+    """
+    config = config.resolved()
+    registry = Registry.at(config.tracking, config.store)
+    pipeline = Pipeline(config, registry.usable_champion(), model="champion")
+    champion = registry.champion()
+    if champion is None or not pipeline.nothing_new():
+        return ""
+    return f"nothing new: {champion.name} version {champion.number} (champion) holds these documents already, nothing was run"
+
+
+@contextlib.contextmanager
+def producing(config: RunConfig, *, model: Model = "trained", until: str = "promote") -> Iterator[Producer]:
+    """The producer of a run's artifacts, with its plan announced; its MLflow run ends with the block.
+
+    Raises:
+        ConfigError, DataError: the backbone, the data or the tracking server is not there.
+        ArtifactError: the champion's model is asked for, and there is none.
+    """
+    started = time.monotonic()
+    with alive(config.store), alone(config.store):
+        config = config.resolved()
+        champion = Registry.at(config.tracking, config.store).usable_champion()
+        pipeline = Pipeline(config, champion, model=model, until=until)
+        with Tracker.start(config.tracking, config.store, run_name()) as tracker:
+            tracker.parameters(config.as_json())
+            produce = Producer(pipeline, tracker, started)
+            produce.announce(Pipeline(config, champion, model=model, until=until).plan())
+            yield produce
+
+
 class Producer:
     """Makes the artifacts of a pipeline, stage by stage: what is there is verified and reused, the rest is launched."""
 
-    def __init__(self, pipeline: Pipeline, tracker: Tracker) -> None:
-        self.pipeline, self._tracker = pipeline, tracker
+    def __init__(self, pipeline: Pipeline, tracker: Tracker, started: float) -> None:
+        """started: when, by `time.monotonic()`."""
+        self.pipeline, self._tracker, self._started = pipeline, tracker, started
         self.stages: dict[str, dict[str, Any]] = {}
 
     def say(self, line: str) -> None:
@@ -114,14 +169,19 @@ class Producer:
                 for request in requests
             ]
             label = ", ".join(missing)
-            found = launch(label, str(pipeline.store.root), [request.model_dump(mode="json") for request in requests])
+            began = now()
+            plain = [request.model_dump(mode="json") for request in requests]
+            found = launch(label, str(pipeline.store.root), plain, pipeline.config.limits.model_dump(mode="json"))
             for name, entry, run in zip(missing, found, runs, strict=True):
                 ref = ArtifactRef.model_validate(entry["ref"])
-                self._done(name, ref, entry["seconds"], reused=False)
-                run.finish(ref, seconds=entry["seconds"], reused=False)
+                reused = pipeline.store.manifest(ref)["created"] < began  # the inputs came out as they had been before
+                self._done(name, ref, entry["seconds"], reused=reused)
+                run.finish(ref, seconds=entry["seconds"], reused=reused)
 
     def _done(self, name: str, ref: ArtifactRef, seconds: float, *, reused: bool) -> None:
         self.pipeline.made[name] = ref
+        if name == "data":
+            self._tracker.data(ref)
         self.stages[name] = {"status": "reused" if reused else "ran", "seconds": round(seconds, 2), "artifact": str(ref)}
 
     def _history(self, request: StageRequest) -> Path | None:
@@ -151,10 +211,37 @@ class Producer:
         }
         return promotion
 
+    def released(self, promotion: Promotion) -> dict[str, Any]:
+        """The summary of a run that released something; its scores and plots go to the run's pages."""
+        summary = summarise(self.pipeline, self.stages, promotion, seconds=time.monotonic() - self._started)
+        self._tracker.scores(_flat_scores(summary["scores"]))
+        with tempfile.TemporaryDirectory(prefix="ullme-") as folder:
+            plot(Path(folder), summary, self.pipeline.made[self.pipeline.released_model])
+            self._tracker.files(Path(folder))
+        create_table_artifact(page_rows(summary), key="scores", description="Base, tuned and BM25: metric by metric")
+        return summary
 
-def show_scores(rows: list[dict[str, Any]]) -> None:
-    """The table of scores on the run's page."""
-    create_table_artifact(rows, key="scores", description="Base, tuned and BM25: metric by metric")
+    def finished(self) -> dict[str, Any]:
+        """The summary of a run that stopped before a release: its stages, and the scores as far as measured."""
+        scores = {system: ref.meta["scores"] for system, ref in self.pipeline.reports().items()}
+        self._tracker.scores(_flat_scores(scores))
+        return {
+            "stages": self.stages,
+            "scores": scores,
+            "counts": {name: ref.meta for name, ref in self.pipeline.made.items() if name in self.stages},
+            "store": str(self.pipeline.config.store),
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+
+
+def _flat_scores(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Scores under flat names: `tuned/retrieval/ndcg_at_10`."""
+    return {
+        f"{system}/{task}/{metric}": value
+        for system, tasks in scores.items()
+        for task, metrics in tasks.items()
+        for metric, value in metrics.items()
+    }
 
 
 def _plain(planned: Planned) -> dict[str, Any]:

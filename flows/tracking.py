@@ -9,11 +9,12 @@ import contextlib
 import json
 import logging
 import math
+import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field
 
@@ -24,11 +25,17 @@ from ullme.errors import ConfigError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["StageRun", "Tracker", "TrackingConfig", "connect", "quiet"]
+__all__ = ["HOST", "STORE", "StageRun", "Tracker", "TrackingConfig", "connect", "quiet"]
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
+HOST, STORE = "host", "store"
+"""Tags of a pipeline's run: the machine and the store it runs on, for whoever looks whether it still does."""
 POLL_S = 2.0
+SILENT_S = 60.0
+"""After MLflow did not answer, nothing is reported to it for this long: each attempt may wait for its retries."""
 PARAMETERS_PER_CALL, METRICS_PER_CALL = 90, 900
 PARAMETER_CHARACTERS = 5_000
 
@@ -48,22 +55,56 @@ class TrackingConfig(Section):
         return self.uri or f"sqlite:///{store / 'mlflow.db'}"
 
 
+class Link:
+    """The way to MLflow. A server that is away loses what it would have recorded meanwhile, never the run that reports to it."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self.client = client
+        self._silent_until = 0.0
+
+    def attempt(self, what: Callable[[MlflowClient], Answer]) -> Answer | None:
+        """The answer, or None where there is none; after a failure nothing is tried for a while."""
+        from mlflow.exceptions import MlflowException
+
+        if time.monotonic() < self._silent_until:
+            return None
+        try:
+            return what(self.client)
+        except (MlflowException, OSError) as error:
+            logger.warning(
+                "MLflow does not answer (%s); the run goes on, and its records miss what happens until it does", first_line(error)
+            )
+            self._silent_until = time.monotonic() + SILENT_S
+            return None
+
+
 class StageRun:
     """The MLflow run of one stage."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
+    def __init__(self, link: Link, experiment_id: str, name: str, tags: Mapping[str, str]) -> None:
+        self._link = link
+        made = link.attempt(lambda client: client.create_run(experiment_id, run_name=name, tags=dict(tags)))
+        self.run_id = made.info.run_id if made else ""
+        self._experiment = experiment_id
         self._forwarded = 0
         self._lock = threading.Lock()
 
+    def parameters(self, section: Mapping[str, Any]) -> None:
+        """The section that the stage was given."""
+        self._log(params=list(_flat(section)))
+
     def finish(self, ref: ArtifactRef, *, seconds: float, reused: bool) -> None:
-        """Record what came of it, and the rest of a training's history from the artifact."""
-        if not reused:
-            self.forward(ref.path / "logs" / "metrics.jsonl")
+        """Record what came of it, and the rest of a training's history from the artifact.
+
+        The history of an artifact that is reused is recorded where no run has done so: MLflow was away when it was made.
+        """
+        history = ref.path / "logs" / "metrics.jsonl"
+        if history.is_file() and not (reused and self._recorded(ref)):
+            self.forward(history)
         numbers = {"seconds": seconds, **_numbers(ref.meta)}
-        _log(self._client, self.run_id, metrics=[(name, value, 0) for name, value in numbers.items()])
+        self._log(metrics=[(name, value, 0) for name, value in numbers.items()])
         for name, value in {"artifact": str(ref), "digest": ref.digest, "uri": ref.uri, "reused": str(reused).lower()}.items():
-            self._client.set_tag(self.run_id, name, value)
+            self._attempt(lambda client, name=name, value=value: client.set_tag(self.run_id, name, value))
 
     def forward(self, file: Path) -> None:
         """Log the rows of a JSON lines file that were not logged yet: every finite number under its name, by `step`."""
@@ -79,17 +120,33 @@ class StageRun:
                 for name, value in _numbers(row).items()
                 if name != "step"
             ]
-            _log(self._client, self.run_id, metrics=values)
-            self._forwarded = len(rows)
+            if self._log(metrics=values):
+                self._forwarded = len(rows)
+
+    def close(self, status: str) -> None:
+        """End the run."""
+        self._attempt(lambda client: client.set_terminated(self.run_id, status))
+
+    def _recorded(self, ref: ArtifactRef) -> bool:
+        made_by = f"tags.artifact = '{ref}' and tags.reused = 'false'"
+        found = self._attempt(lambda client: client.search_runs([self._experiment], made_by, max_results=1))
+        return found is None or len(found) > 0
+
+    def _log(self, *, metrics: Sequence[tuple[str, float, int]] = (), params: Sequence[tuple[str, str]] = ()) -> bool:
+        return self._attempt(lambda client: _log(client, self.run_id, metrics=metrics, params=params)) is not None
+
+    def _attempt(self, what: Callable[[MlflowClient], Answer]) -> Answer | None:
+        return self._link.attempt(what) if self.run_id else None
 
 
 class Tracker:
     """The MLflow run of one pipeline. Use as a context manager; an exception marks the run as failed."""
 
-    def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
+    def __init__(self, client: MlflowClient, experiment_id: str, name: str, store: Path) -> None:
         """Use `Tracker.start`."""
-        self._client, self._experiment = client, experiment_id
-        self.run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+        self._link, self._experiment = Link(client), experiment_id
+        made = client.create_run(experiment_id, run_name=name, tags={HOST: socket.gethostname(), STORE: str(store)})
+        self.run_id: str = made.info.run_id
 
     @classmethod
     def start(cls, config: TrackingConfig, store: Path, name: str) -> Tracker:
@@ -104,26 +161,27 @@ class Tracker:
         try:
             found = client.get_experiment_by_name(config.experiment)
             if found is not None:
-                return cls(client, found.experiment_id, name)
+                return cls(client, found.experiment_id, name, store)
             place = None if config.uri else (store / "mlartifacts").as_uri()
-            return cls(client, client.create_experiment(config.experiment, artifact_location=place), name)
+            return cls(client, client.create_experiment(config.experiment, artifact_location=place), name, store)
         except MlflowException as error:
-            raise ConfigError(f"tracking.uri: {config.address(store)} cannot be used ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"tracking.uri: {config.address(store)} cannot be used ({first_line(error)})") from error
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)
-        _terminate(self._client, self.run_id, "FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        self._link.attempt(lambda client: client.set_terminated(self.run_id, status))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """The resolved configuration: flat parameters, and a YAML file."""
         import yaml
 
-        flat = list(_flat(values))
-        _log(self._client, self.run_id, params=flat)
-        self._client.log_text(self.run_id, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), "config.yaml")
+        text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+        self._link.attempt(lambda client: _log(client, self.run_id, params=list(_flat(values))))
+        self._link.attempt(lambda client: client.log_text(self.run_id, text, "config.yaml"))
 
     def data(self, ref: ArtifactRef) -> None:
         """The data set that everything follows from, with its digest."""
@@ -133,14 +191,14 @@ class Tracker:
         dataset = Dataset(
             name=str(ref), digest=ref.digest[:32], source_type="local", source=json.dumps({"uri": ref.uri}), profile=profile
         )
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "data")])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "data")])]
+        self._link.attempt(lambda client: client.log_inputs(self.run_id, datasets=inputs))
 
     @contextlib.contextmanager
     def stage(self, name: str, section: Mapping[str, Any], *, history: Path | None = None) -> Iterator[StageRun]:
         """The child run of a stage. Rows appended to the JSON lines file `history` are forwarded while it lasts."""
-        tags = {"mlflow.parentRunId": self.run_id}
-        run = StageRun(self._client, self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id)
-        _log(self._client, run.run_id, params=list(_flat(section)))
+        run = StageRun(self._link, self._experiment, name, {"mlflow.parentRunId": self.run_id})
+        run.parameters(section)
         status = "FAILED"
         try:
             with _forwarded(history, run) if history else contextlib.nullcontext():
@@ -152,28 +210,25 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            _terminate(self._client, run.run_id, status)
+            run.close(status)
 
     def scores(self, values: Mapping[str, float]) -> None:
         """Final numbers of the pipeline's run."""
-        _log(self._client, self.run_id, metrics=[(name, value, 0) for name, value in values.items()])
+        self._link.attempt(lambda client: _log(client, self.run_id, metrics=[(name, value, 0) for name, value in values.items()]))
 
     def files(self, folder: Path) -> None:
         """Log every file of a folder."""
-        self._client.log_artifacts(self.run_id, str(folder))
+        self._link.attempt(lambda client: client.log_artifacts(self.run_id, str(folder)))
 
 
 @contextlib.contextmanager
 def _forwarded(file: Path, run: StageRun) -> Iterator[None]:
-    """Forward what is appended to `file`. Trouble with the server loses live metrics, never the training."""
+    """Forward what is appended to `file`, every few seconds."""
     stop = threading.Event()
 
     def forward() -> None:
         while not stop.wait(POLL_S):
-            try:
-                run.forward(file)
-            except Exception as error:
-                logger.warning("metrics are not forwarded: %s", str(error).splitlines()[0])
+            run.forward(file)
 
     thread = threading.Thread(target=forward, name="forward metrics", daemon=True)
     thread.start()
@@ -182,16 +237,6 @@ def _forwarded(file: Path, run: StageRun) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=30)
-
-
-def _terminate(client: MlflowClient, run_id: str, status: str) -> None:
-    """Close a run. Where MLflow cannot be written any more, that must not hide why the run ended."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.set_terminated(run_id, status)
-    except MlflowException as error:
-        logger.warning("the run's status %s could not be recorded: %s", status, str(error).splitlines()[0])
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -222,18 +267,18 @@ def connect(uri: str) -> MlflowClient:
             client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)  # opens the database, or asks the server
         except (MlflowException, OSError) as error:
-            raise ConfigError(f"tracking.uri: {uri} cannot be used ({str(error).splitlines()[0]})") from error
+            raise ConfigError(f"tracking.uri: {uri} cannot be used ({first_line(error)})") from error
     return client
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """mlflow and alembic tell of every table they make and every model they log; only warnings are for people."""
+    """mlflow and alembic tell of every table and model, and log a traceback of what they raise; from here on, they only raise."""
+    import mlflow  # noqa: F401 - it configures its loggers when it is imported
+
     for name in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     yield
-    for name in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # mlflow configures its own loggers while it is imported
 
 
 def _log(
@@ -242,7 +287,7 @@ def _log(
     *,
     metrics: Sequence[tuple[str, float, int]] = (),
     params: Sequence[tuple[str, str]] = (),
-) -> None:
+) -> bool:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
@@ -252,6 +297,7 @@ def _log(
     for start in range(0, len(metrics), METRICS_PER_CALL):
         batch = [Metric(name, value, now, step) for name, value, step in metrics[start : start + METRICS_PER_CALL]]
         client.log_batch(run_id, metrics=batch)
+    return True
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -266,3 +312,9 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what mlflow adds below."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

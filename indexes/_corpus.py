@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ullme.errors import ArtifactError, ContractError
+from ullme.neighbours import ExactSearcher, Searcher
 
-__all__ = ["BLOCK_ROWS", "Corpus", "Shards", "read_ids", "settle", "write_ids"]
+__all__ = ["BLOCK_ROWS", "SELF_CHECK_K", "Corpus", "Shards", "read_ids", "recall_of", "settle", "write_ids"]
 
 BLOCK_ROWS = 16_384
+SELF_CHECK_QUERIES, SELF_CHECK_K = 200, 10
 NORM_TOLERANCE = 0.02  # unit vectors stored as float16 stay within 0.001
 
 Shards = Callable[[], Iterable[tuple[Sequence[str], np.ndarray]]]
@@ -99,6 +101,24 @@ class Corpus:
             raise ContractError(
                 f"shards: expected {self.count} vectors on every walk, got {total} on a later one; each call must start over"
             )
+
+
+def recall_of(index: Searcher, corpus: Corpus, seed: int) -> float:
+    """Share of the true nearest documents that an index finds for a sample of the corpus's own vectors; ties count as found."""
+    sample = np.random.default_rng([seed, 1]).choice(corpus.count, size=min(SELF_CHECK_QUERIES, corpus.count), replace=False)
+    queries = corpus.gather(np.sort(sample))
+    reach = min(SELF_CHECK_K, corpus.count)
+    rows = index.search(queries, reach).rows
+    achieved = np.full(rows.shape, -np.inf, dtype=np.float32)
+    best = np.full(rows.shape, -np.inf, dtype=np.float32)
+    start = 0
+    for block in corpus.blocks():
+        exact = ExactSearcher(block, corpus.ids[start : start + len(block)]).search(queries, reach).scores
+        best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
+        query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
+        achieved[query, place] = np.einsum("nd,nd->n", queries[query], block[rows[query, place] - start])
+        start += len(block)
+    return round(float((achieved >= best[:, -1:] - 1e-5).mean()), 4)
 
 
 def _check_norms(vectors: np.ndarray, ids: Sequence[str], number: int) -> None:

@@ -22,13 +22,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from indexes._corpus import BLOCK_ROWS, Corpus, Shards, read_ids, settle, write_ids
-from ullme.artifacts import sha256_file, write_atomic
+from indexes._corpus import BLOCK_ROWS, SELF_CHECK_K, Corpus, Shards, read_ids, recall_of, settle, write_ids
+from ullme.artifacts import Inputs, sha256_file, write_atomic
 from ullme.components import Component, resolve
 from ullme.errors import ArtifactError, ConfigError, ContractError
-from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours
+from ullme.neighbours import MISSING_ROW, Neighbours
 
-__all__ = ["CODE_BYTES", "CODE_NAMES", "Codes", "Index", "IndexKind", "Shards", "build", "range_training_points"]
+__all__ = ["CODE_BYTES", "CODE_NAMES", "Codes", "Index", "IndexKind", "Shards", "build", "range_training_points", "space"]
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ FORMAT = 1
 METRIC = "inner_product"
 INDEX_FILE, IDS_FILE, CARD_FILE = "index.faiss", "ids.arrow", "index.json"
 GPU_K_LIMIT = 2_048
-SELF_CHECK_QUERIES, SELF_CHECK_K = 200, 10
+POINTS_PER_CENTROID = 32  # fewer than any kind learns from
+CARD_BYTES, PER_VECTOR_SLACK = 4_000, 1.1
 
 Codes = Literal["fp32", "fp16", "int8"]
 """How the components of a vector are stored; int8 learns a range per component from a sample."""
@@ -251,7 +252,7 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
         "files": {name: sha256_file(out / name) for name in (INDEX_FILE, IDS_FILE)},
     }
     write_atomic(out / CARD_FILE, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False))
-    recall = _self_check(Index(card, corpus.ids, kind, (index, None)), corpus, seed)
+    recall = recall_of(Index(card, corpus.ids, kind, (index, None)), corpus, seed)
     log.info("index %s: recall@%d %.3f against exact search", kind.kind, SELF_CHECK_K, recall)
     return {
         "count": count,
@@ -262,6 +263,14 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
         "bytes_per_vector": card["bytes_per_vector"],
         f"recall_at_{SELF_CHECK_K}": recall,
     }
+
+
+def space(kind: IndexKind, inputs: Inputs) -> int:
+    """Bytes of the index of `embeddings` at most: codes and links, what the kind learns (centroids, ranges), and the ids."""
+    count, dim = inputs.ref("embeddings").meta["count"], inputs.ref("embeddings").meta["dim"]
+    ids = sum(size for name, size in inputs.sizes("embeddings").items() if name.endswith(".arrow"))
+    learned = 4 * dim * (2 + kind.training_points(count) // POINTS_PER_CENTROID)
+    return int(PER_VECTOR_SLACK * count * kind.bytes_per_vector(dim)) + learned + ids + CARD_BYTES
 
 
 def _train(faiss: Any, kind: IndexKind, factory: str, corpus: Corpus, seed: int) -> Any:
@@ -290,24 +299,6 @@ def _set_parameters(faiss: Any, index: Any, parameters: Mapping[str, float]) -> 
     space = faiss.ParameterSpace()
     for name, value in parameters.items():
         space.set_index_parameter(index, name, value)
-
-
-def _self_check(index: Index, corpus: Corpus, seed: int) -> float:
-    """Share of the true nearest documents found for a sample of the corpus's own vectors."""
-    sample = np.random.default_rng([seed, 1]).choice(index.count, size=min(SELF_CHECK_QUERIES, index.count), replace=False)
-    queries = corpus.gather(np.sort(sample))
-    reach = min(SELF_CHECK_K, index.count)
-    rows = index.search(queries, reach).rows
-    achieved = np.full(rows.shape, -np.inf, dtype=np.float32)
-    best = np.full(rows.shape, -np.inf, dtype=np.float32)
-    start = 0
-    for block in corpus.blocks():
-        exact = ExactSearcher(block, corpus.ids[start : start + len(block)]).search(queries, reach).scores
-        best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
-        query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
-        achieved[query, place] = np.einsum("nd,nd->n", queries[query], block[rows[query, place] - start])
-        start += len(block)
-    return round(float((achieved >= best[:, -1:] - 1e-5).mean()), 4)
 
 
 def _write_index(faiss: Any, index: Any, file: Path) -> None:

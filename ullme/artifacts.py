@@ -8,6 +8,9 @@
 The key is the digest of everything that went in: stage and its version, section (without `runtime`), digests of the
 inputs, seed. The digest of an artifact is that of what came out: its files, except those under `logs/` (times differ
 from run to run; results do not).
+
+Before a stage runs, what it says it will write is held against what the disk has. A disk that fills all the same costs
+one line, not what is finished.
 """
 
 from __future__ import annotations
@@ -16,21 +19,24 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from ullme.components import Section
-from ullme.errors import ArtifactError
+from ullme.disk import Disk
+from ullme.errors import ArtifactError, LimitExceeded
 
-__all__ = ["ArtifactRef", "Draft", "Inputs", "Stage", "Store", "digest_of", "sha256_file"]
+__all__ = ["ArtifactRef", "Draft", "Inputs", "Stage", "Store", "digest_of", "now", "sha256_file", "sync", "write_atomic"]
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -94,22 +100,33 @@ class Inputs:
         """The reference itself: its digest is the fingerprint of a model or a data set."""
         return self.refs[name]
 
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each file of an input, as its manifest says; the files themselves are not looked at."""
+        return {file: entry["size"] for file, entry in self.store.manifest(self.ref(name))["files"].items()}
+
 
 @dataclass(frozen=True)
 class Stage:
-    """`(section, refs) -> ref`. Raise `version` when the same section would now give another result."""
+    """`(section, refs) -> ref`. Raise `version` when the same section would now give another result.
+
+    space: the bytes that a run writes at most, scratch included, told from the section and from counts and sizes of the
+    inputs without reading them; it returns None where that cannot be told.
+    """
 
     name: str
     kind: str
     version: int
     run: Callable[[Any, Inputs, Draft], None]
+    space: Callable[[Any, Inputs], int | None] | None = None
 
 
 class Store:
     """A POSIX folder of artifacts."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, *, reserve_bytes: int | None = None) -> None:
+        """reserve_bytes: what stays free on the disk; None: a hundredth of it, at most 1 GB."""
         self.root = Path(root).expanduser().resolve()
+        self.disk = Disk(self.root, reserve_bytes)
         self._verified: dict[str, str] = {}
 
     def key(self, stage: Stage, section: Section, refs: Mapping[str, ArtifactRef], *, seed: int) -> str:
@@ -128,27 +145,41 @@ class Store:
         path = self.root / stage.kind / self.key(stage, section, refs, seed=seed)
         return self._read(path) if (path / MANIFEST).is_file() else None
 
+    def finished(self, kind: str) -> list[ArtifactRef]:
+        """Every finished artifact of a kind, newest first. Reads manifests only; one that cannot be read is left out."""
+        found = []
+        for manifest in (self.root / kind).glob(f"*/{MANIFEST}"):
+            if ".damaged-" in manifest.parent.name:
+                continue
+            with contextlib.suppress(ArtifactError):
+                found.append((read_manifest(manifest.parent).get("created", ""), str(manifest.parent), self._read(manifest.parent)))
+        return [ref for _, _, ref in sorted(found, key=lambda entry: entry[:2], reverse=True)]
+
     def produce(self, stage: Stage, section: Section, refs: Mapping[str, ArtifactRef], *, seed: int) -> ArtifactRef:
         """Run `stage` unless its artifact exists, and return the reference to it.
 
         A finished artifact whose files no longer match its manifest is set aside (`<key>.damaged-<n>`) and made again.
         A second process asking for the same artifact waits for the first and then finds it done.
+
+        Raises:
+            LimitExceeded: the disk has no room for what the stage will write, or became full. Besides, what the stage raises.
         """
         key = self.key(stage, section, refs, seed=seed)
         final = self.root / stage.kind / key
+        work = self.root / "work" / f"{stage.kind}-{key}"
         with self._lock(f"{stage.kind}-{key}"):
             if (final / MANIFEST).is_file():
                 try:
                     found = self._read(final)
                     self.open(found)
+                    shutil.rmtree(work, ignore_errors=True)  # what a crash right after the commit left
                     return found
-                except ArtifactError:
-                    set_aside(final)
-            work = self.root / "work" / f"{stage.kind}-{key}"
+                except ArtifactError as error:
+                    logger.warning("%s: doing that now, the old files are kept as %s", error, set_aside(final).name)
+            self.disk.require(stage.name, self.space(stage, section, refs), work)
             draft = Draft(path=work / "artifact", scratch=work / "scratch", seed=seed)
             for folder in (draft.path, draft.scratch):
                 folder.mkdir(parents=True, exist_ok=True)
-            stage.run(section, Inputs(self, refs), draft)
             provenance = {
                 "stage": stage.name,
                 "version": stage.version,
@@ -156,7 +187,13 @@ class Store:
                 "inputs": {name: ref.model_dump(mode="json") for name, ref in refs.items()},
                 "seed": seed,
             }
-            ref = self._commit(draft, stage.kind, final, provenance)
+            try:
+                stage.run(section, Inputs(self, refs), draft)
+                ref = self._commit(draft, stage.kind, final, provenance)
+            except Exception as error:
+                if isinstance(error, LimitExceeded) or not self.disk.filled_by(error):
+                    raise
+                raise self.disk.full(error, work) from error
             shutil.rmtree(work, ignore_errors=True)
             return ref
 
@@ -209,7 +246,9 @@ class Store:
         for name in _list_files(draft.path):
             file = draft.path / name
             files[name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
-            _fsync(file)
+            sync(file)
+        for folder in (path for path in draft.path.rglob("*") if path.is_dir()):
+            sync(folder)
         digest = _content_digest(kind, files)
         manifest = {
             "format": FORMAT,
@@ -218,14 +257,15 @@ class Store:
             "files": files,
             "meta": draft.meta,
             "provenance": provenance,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "created": now(),
         }
         write_atomic(draft.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         final.parent.mkdir(parents=True, exist_ok=True)
+        sync(self.root)
         if final.exists():
             set_aside(final)
         draft.path.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
         self._verified[str(final)] = digest
         return ArtifactRef(kind=kind, uri=str(final), digest=digest, meta=draft.meta)
 
@@ -237,11 +277,9 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    @cached_property
-    def free_bytes(self) -> int:
-        """Space left where the store lies, in bytes."""
-        existing = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
-        return shutil.disk_usage(existing).free
+    def space(self, stage: Stage, section: Section, refs: Mapping[str, ArtifactRef]) -> int | None:
+        """The bytes that a run of `stage` writes at most, or None where that cannot be told."""
+        return stage.space(section, Inputs(self, refs)) if stage.space else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -266,6 +304,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def now() -> str:
+    """The time as manifests have it: UTC, to the second, in an order that text has too."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def digest_of(payload: Any) -> str:
     """sha256 of the canonical JSON form."""
     return hashlib.sha256(json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()).hexdigest()
@@ -285,7 +328,16 @@ def write_atomic(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     partial.replace(path)
-    _fsync(path.parent)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def set_aside(path: Path) -> Path:
@@ -302,11 +354,3 @@ def _content_digest(kind: str, files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _list_files(path: Path) -> list[str]:
     return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

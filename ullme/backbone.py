@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,19 +22,31 @@ from pydantic import Field
 
 from ullme.artifacts import Draft, Inputs, Stage, sha256_file
 from ullme.components import Section
-from ullme.errors import ConfigError
+from ullme.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BACKBONE", "BackboneConfig", "PromptConfig", "load_causal_lm", "prepare_backbone"]
+__all__ = [
+    "BACKBONE",
+    "BackboneConfig",
+    "PromptConfig",
+    "StoredTensor",
+    "load_causal_lm",
+    "prepare_backbone",
+    "stored_tensors",
+]
 
 logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16"]
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
 PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max"]
+TINY_PARAMETERS = {"llama": 90_560}  # other families bring sizes of their own
+TOKENIZER_GROWTH = 3  # a tokenizer as JSON, against the same in a GGUF file
+SETTINGS_BYTES = 10_000
+HEADER_BYTES = 256  # per tensor
 
 
 class PromptConfig(Section):
@@ -231,4 +245,76 @@ def prepare_backbone(config: BackboneConfig, inputs: Inputs, draft: Draft) -> No
     draft.meta = {"dim": encoder.dim, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(config.dtype)}
 
 
-BACKBONE = Stage("backbone", "model", 1, prepare_backbone)
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, by its header."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """What the safetensors files of a folder hold. Only their headers are read.
+
+    Raises:
+        ArtifactError: a file has no such header.
+    """
+    found = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            try:
+                header = json.loads(handle.read(length if length < file.stat().st_size else 0))
+            except ValueError as error:
+                raise ArtifactError(f"{file}: not a safetensors file, or cut short; bring the right one back") from error
+        found += [StoredTensor(name, tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]
+    return found
+
+
+def backbone_space(config: BackboneConfig, inputs: Inputs) -> int | None:
+    """Bytes of the untrained model, or None for what is not on this machine yet, or is of a tiny family without known size."""
+    del inputs
+    spec, width = config.model, 2 if config.dtype == "bfloat16" else 4
+    if spec.startswith("tiny:"):
+        count = TINY_PARAMETERS.get(spec.removeprefix("tiny:"))
+        return None if count is None else width * count + 2 * SETTINGS_BYTES
+    path = package_file(spec) if spec.startswith("pkg:") else Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        return _dequantised_bytes(path, width)
+    folder = path if path.is_dir() else _cached(config)
+    if folder is None:
+        return None
+    tensors = stored_tensors(folder)
+    older = sum(file.stat().st_size for file in folder.glob("*.bin")) if not tensors else 0
+    rest = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in MODEL_FILES - {".safetensors", ".bin"})
+    weights = width * sum(tensor.count for tensor in tensors) + older * width // 2
+    return weights + HEADER_BYTES * len(tensors) + rest + SETTINGS_BYTES
+
+
+def _dequantised_bytes(path: Path, width: int) -> int | None:
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(str(path)).tensors
+    except ValueError:
+        return None  # not GGUF: the stage says so
+    tokenizer = path.stat().st_size - sum(int(tensor.n_bytes) for tensor in tensors)
+    weights = width * sum(int(tensor.n_elements) for tensor in tensors)
+    return weights + HEADER_BYTES * len(tensors) + TOKENIZER_GROWTH * tokenizer + SETTINGS_BYTES
+
+
+def _cached(config: BackboneConfig) -> Path | None:
+    """The folder of a hub model's files, where they were fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(config.model, "config.json", revision=config.revision)
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder is not None and (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))) else None
+
+
+BACKBONE = Stage("backbone", "model", 1, prepare_backbone, backbone_space)

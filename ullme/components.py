@@ -13,13 +13,16 @@ import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from ullme.errors import ConfigError
 
-__all__ = ["Component", "Section", "component", "did_you_mean", "kinds", "resolve"]
+__all__ = ["Component", "Kind", "Section", "component", "did_you_mean", "kinds", "resolve"]
 
 
 class Section(BaseModel):
@@ -109,16 +112,47 @@ def resolve(package: str, spec: Any) -> Component:
     return component_class(package, spec["kind"]).model_validate(dict(spec))
 
 
-def component(package: str) -> BeforeValidator:
-    """Annotation for a field whose value is a component of `package`.
+@dataclass(frozen=True)
+class Kind:
+    """Annotation of a field whose value is a component of `package`: validates it, and describes every kind as JSON schema."""
 
-    The errors of the inner value are kept whole (a `ValidationError` inside the outer one) for `flows.config` to unfold.
-    """
+    package: str
 
-    def validate(value: Any) -> Component:
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._resolved, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """One schema per kind; somebody else's (a module path) may have any fields. A kind within its own kind is left open."""
+        del schema
+        elsewhere = {"type": "object", "properties": {"kind": {"type": "string", "pattern": r"\."}}, "required": ["kind"]}
+        described = _described.get()
+        if self.package in described:
+            return {"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}]}
+        names = kinds(self.package)
+        token = _described.set((*described, self.package))
         try:
-            return resolve(package, value)
+            known = []
+            for name in names:
+                found = dict(handler.resolve_ref_schema(handler(component_class(self.package, name).__pydantic_core_schema__)))
+                found["properties"] = {**found["properties"], "kind": {"type": "string", "const": name}}
+                known.append({**found, "required": ["kind", *(key for key in found.get("required", ()) if key != "kind")]})
+        finally:
+            _described.reset(token)
+        return {"anyOf": [{"type": "string", "enum": names}, *known, elsewhere]}
+
+    def _resolved(self, value: Any) -> Component:
+        try:
+            return resolve(self.package, value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
-    return BeforeValidator(validate)
+
+_described: ContextVar[tuple[str, ...]] = ContextVar("described", default=())
+
+
+def component(package: str) -> Kind:
+    """Annotation for a field whose value is a component of `package`.
+
+    The errors of the inner value are kept whole (a `ValidationError` inside the outer one) for `flows.mistakes` to unfold.
+    """
+    return Kind(package)

@@ -1,6 +1,6 @@
 """The data stage: a source's records, checked and split, as four parquet files that every later stage reads.
 
-    documents.parquet   id, text, title, searchable, held_out
+    documents.parquet   id, text, title, searchable, held_out, parent, section
     queries.parquet     id, text, split (train | dev | test), instruction
     qrels.parquet       query_id, doc_id, score (> 0)
     negatives.parquet   query_id, doc_id: wrong answers that the source itself gave
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,9 @@ from pydantic import Field, model_validator
 from ullme.artifacts import Draft, Inputs, Stage
 from ullme.components import Section, component
 from ullme.errors import ArtifactError, ContractError, DataError
+from ullme.held_out import HeldOut, hold_out
 from ullme.records import SPLITS, Document, Problems, Query, Records, Source, Split, hash_share, normalise
+from ullme.splits import split_queries
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,16 +44,19 @@ Share = Annotated[float, Field(ge=0, le=0.9)]
 class DataConfig(Section):
     """Where the data comes from and how it is split and capped.
 
-    A source that has splits keeps them. Queries without one are split by the hash of their group (by default their
-    normalised text): near-duplicates fall on one side, and a query that was once for testing stays so as data grows.
+    A source that has splits keeps them. Queries without one are split by the hash of their group (by default their content
+    words): near-duplicates fall on one side, and a query that was once for testing stays so as data grows (`ullme.splits`).
     Caps keep the queries of lowest hash, so a smaller cap keeps a subset of a larger one, whatever the seed.
 
+    held_out: what becomes a query where the source has none: titles and headings, a sentence a document, by default (auto)
+    sentences where there are no titles, or nothing (`ullme.held_out`).
     source_digest: fingerprint of the source's contents, filled in by `resolved()`. Written into a configuration by hand,
     it pins the data: other contents are then an error.
     """
 
     source: Annotated[Source, component("ullme.sources")]
     on_bad_record: Literal["fail", "skip"] = "fail"
+    held_out: HeldOut = "auto"
     dev_share: Share = 0.05
     test_share: Share = 0.1
     max_train_queries: Count | None = None
@@ -113,20 +118,22 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
     check_records(records)
     if not records.documents:
         raise DataError(f"data.source ({section.source.kind}): no usable document; there is nothing to index")
-    queries, leaked = _one_side(_split(records.queries, section))
+    records, made = _with_queries(records, section)
+    queries, leaked = split_queries(records.queries, dev_share=section.dev_share, test_share=section.test_share)
     queries = [query for split in SPLITS for query in _capped([q for q in queries if q.split == split], section, split)]
     documents = _documents(records.documents, queries, section.max_documents)
     kept = {document.id for document in documents}
     queries = [replace(query, negatives=tuple(doc for doc in query.negatives if doc in kept)) for query in queries]
     _write(draft.path, documents, queries)
-    draft.meta |= _counts(documents, queries) | dict(records.counts) | {"skipped": len(problems), "queries_on_two_sides": leaked}
+    draft.meta |= _counts(documents, queries) | dict(records.counts) | made
+    draft.meta |= {"skipped": len(problems), "queries_on_two_sides": leaked}
     logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))
     for split in SPLITS:
         if not draft.meta[f"queries_{split}"]:
             logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
 
 
-PREPARE = Stage("data", "data", 1, prepare)
+PREPARE = Stage("data", "data", 2, prepare)
 
 
 def check_records(records: Records) -> None:
@@ -168,25 +175,20 @@ def _settle(problems: Problems, on_bad_record: str, draft: Draft) -> None:
     logger.warning("data: %d bad records skipped (%s); each is listed in logs/skipped.jsonl", len(problems), causes)
 
 
-def _split(queries: Iterable[Query], section: DataConfig) -> list[Query]:
-    """Give every query a split: its own, or by the hash of its group. The share for testing is cut off first."""
-
-    def split_of(query: Query) -> Split:
-        share = hash_share(query.group or normalise(query.text), "split")
-        return "test" if share < section.test_share else "dev" if share < section.test_share + section.dev_share else "train"
-
-    return [query if query.split else replace(query, split=split_of(query)) for query in queries]
-
-
-def _one_side(queries: list[Query]) -> tuple[list[Query], int]:
-    """Drop queries whose normalised text also stands in a split that matters more (test, then dev); (kept, dropped)."""
-    rank = {split: position for position, split in enumerate(SPLITS)}
-    sides: dict[str, int] = {}
-    for query in queries:
-        text = normalise(query.text)
-        sides[text] = max(sides.get(text, 0), rank[query.split or "train"])
-    kept = [query for query in queries if rank[query.split or "train"] == sides[normalise(query.text)]]
-    return kept, len(queries) - len(kept)
+def _with_queries(records: Records, section: DataConfig) -> tuple[Records, dict[str, int]]:
+    """The records as they are if they have queries, else with what `held_out` makes of the documents; and how many."""
+    mode = "none" if records.queries else section.held_out
+    records, made = hold_out(records, mode) if mode != "none" else (records, {"held_out_titles": 0, "held_out_sentences": 0})
+    if any(made.values()):
+        logger.warning(
+            "data: the source (%s) has no queries; %d titles and headings and %d sentences were taken out of what is embedded and "
+            "serve as queries: scores on them compare models, they are not scores on users' questions (data.held_out: none "
+            "leaves the documents whole)",
+            section.source.kind,
+            made["held_out_titles"],
+            made["held_out_sentences"],
+        )
+    return records, made
 
 
 def _capped(queries: list[Query], section: DataConfig, split: Split) -> list[Query]:
@@ -245,6 +247,7 @@ def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query]) 
         "documents": {
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("id", "text", "title")},
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.bool_()) for name in ("searchable", "held_out")},
+            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("parent", "section")},
         },
         "queries": {
             name: pa.array([getattr(query, name) for query in queries], pa.string())

@@ -5,6 +5,7 @@
     ├─ DataError      path:line and what is wrong with the record
     ├─ ContractError  noun, expected shape or dtype, got
     ├─ StageFailed    stage, exit code, tail of its log
+    ├─ LimitExceeded  what it takes of disk, memory or time, what there is; nothing is lost, the next run goes on
     ├─ NotFinite      step, term, ids of the batch; never replaced by 0
     └─ ArtifactError  reference: missing | digest differs | wrong kind
 
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
+    "LimitExceeded",
     "NotFinite",
     "StageFailed",
     "UllmeError",
@@ -80,6 +82,10 @@ class StageFailed(UllmeError):
         if cause in {"ConfigError", "DataError"}:
             self.exit_code = 2
         super().__init__(text)
+
+
+class LimitExceeded(UllmeError):
+    """Disk, memory or time does not suffice; says how much it takes and how much there is."""
 
 
 class NotFinite(UllmeError):

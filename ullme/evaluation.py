@@ -1,7 +1,8 @@
 """The evaluate stage: one system, measured by mteb on every task, with per-query scores and intervals.
 
     report.json         see `evaluate`
-    per_query.parquet   task, query_id, metric, exact, index (null where nothing was searched through an index)
+    per_query.parquet   task, query_id, metric, judged (digest of the query's text and judgements), exact, index (null where
+                        nothing was searched through an index)
     logs/times.json     seconds per task
 
 The inputs decide the system: `data` alone is BM25; with `model` and `embeddings` it is exact search of that model's
@@ -31,12 +32,13 @@ from ullme.lexical import LexicalConfig
 from ullme.statistics import Comparison, bootstrap_interval, paired_randomisation
 from ullme.systems import LexicalSystem, OpenIndex, System, VectorSystem
 
-__all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "Task", "compare", "evaluate"]
+__all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "Task", "compare", "compare_standing", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("ndcg", "mrr", "recall", "map", "precision", "hit_rate")
 LEVEL = 0.95
+SCORE_BYTES, REPORT_BYTES = 24, 6_000  # one query's score by one metric; what a task adds to the report
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Measured:
     """What a task found. Keys of the outer mappings are `exact` and, where there is one, `index`.
 
     scores: metric -> value, as mteb reports it. per_query: metric -> Float64[Q], rows in the order of `query_ids`.
+    judgements: digest of each query's text and judgements, in that order: what makes it the same query another day.
     documents: size of the corpus. digests: `corpus` and `queries` (texts with their judgements): equal means comparable.
     controls: what the same metric is under chance.
     """
@@ -53,6 +56,7 @@ class Measured:
     digests: Mapping[str, str]
     scores: Mapping[str, Mapping[str, float]]
     per_query: Mapping[str, Mapping[str, np.ndarray]]
+    judgements: Sequence[str]
     controls: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -81,9 +85,20 @@ class Task(Component):
         """A copy that also names the contents of the files it reads, so that the artifact's key follows them."""
         return self
 
+    def queries_in(self, counts: Mapping[str, int]) -> int | None:  # noqa: ARG002 - for kinds to override
+        """How many queries it asks at most of a data artifact with these counts; None where that cannot be told."""
+        return None
+
     @abstractmethod
     def run(self, evaluation: Evaluation) -> Measured:
         """Measure the system."""
+
+
+class EvalRuntime(Section):
+    """Speed and memory; none of it changes the scores beyond rounding."""
+
+    batch_tokens: int = Field(default=16_384, ge=1)
+    """Padded tokens of queries per forward pass."""
 
 
 class EvalConfig(Section):
@@ -103,6 +118,7 @@ class EvalConfig(Section):
     bootstrap_samples: int = Field(default=2000, ge=100)
     controls: bool = True
     lexical: LexicalConfig = LexicalConfig()
+    runtime: EvalRuntime = EvalRuntime()
 
     @field_validator("metrics")
     @classmethod
@@ -154,8 +170,12 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
             "evaluate: expected data alone (BM25), or data, model and embeddings, and perhaps index; "
             f"got {', '.join(sorted(inputs.refs))}"
         )
-    store = Store(draft.scratch / "store")
-    system: System = VectorSystem(inputs, store, open_index) if "model" in inputs else LexicalSystem(inputs, store, section.lexical)
+    store = Store(draft.scratch / "store", reserve_bytes=inputs.store.disk.reserve)
+    system: System = (
+        VectorSystem(inputs, store, open_index, section.runtime.batch_tokens)
+        if "model" in inputs
+        else LexicalSystem(inputs, store, section.lexical)
+    )
     evaluation = Evaluation(system, inputs["data"], store, section, draft.seed)
     measured, seconds = {}, {}
     for task in section.tasks:
@@ -193,7 +213,16 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
     }
 
 
-EVALUATE = Stage("evaluate", "report", 1, evaluate)
+def evaluation_space(section: EvalConfig, inputs: Inputs) -> int | None:
+    """Bytes of the report, by the number of queries. A corpus that a task encodes for itself is weighed when that begins."""
+    asked = [task.queries_in(inputs.ref("data").meta) for task in section.tasks]
+    if None in asked:
+        return None
+    rows = sum(count for count in asked if count is not None) * len(section.metrics)
+    return SCORE_BYTES * rows + REPORT_BYTES * len(asked)
+
+
+EVALUATE = Stage("evaluate", "report", 2, evaluate, evaluation_space)
 """Without an index; with one: `dataclasses.replace(EVALUATE, run=partial(evaluate, open_index=...))`."""
 
 
@@ -209,14 +238,7 @@ def compare(
         ArtifactError: not a report.
     """
     reports = [_read_report(path) for path in (a, b)]
-    shared = [name for name in reports[0]["scores"] if name in reports[1]["scores"]]
-    named = [task] if task is not None else shared
-    if len(named) != 1 or named[0] not in shared:
-        both = ", ".join(shared) or "none"
-        raise ContractError(
-            f"compare: expected one task that both reports have (they share: {both}), got {', '.join(named) or 'none'}"
-        )
-    name = named[0]
+    name = _common_task(reports, task)
     for part in ("queries", "corpus"):
         first, second = (report["digests"][name][part] for report in reports)
         if first != second:
@@ -224,10 +246,44 @@ def compare(
                 f"compare: task '{name}' was measured on different {part} ({first[:12]} and {second[:12]}); "
                 "evaluate both on the same data"
             )
-    first, second = _read_per_query(a, name, metric, through), _read_per_query(b, name, metric, through)
+    first, second = (_read_per_query(path, name, metric, through) for path in (a, b))
     if first.keys() != second.keys():
         raise ContractError(f"compare: task '{name}' has scores of different queries in the two reports; evaluate both again")
-    order = sorted(first)
+    return _paired(first, second, sorted(first), seed)
+
+
+def compare_standing(
+    a: Path, b: Path, metric: str = "ndcg_at_10", *, task: str | None = None, through: str = "index", seed: int = 0
+) -> Comparison:
+    """The same as `compare` on the standing queries: those that both reports have, with the same text and judgements.
+
+    The corpora may differ: that is what is compared.
+
+    Raises:
+        ContractError: no task or no standing query in common, or scores that one of them does not have.
+        ArtifactError: not a report.
+    """
+    name = _common_task([_read_report(path) for path in (a, b)], task)
+    first, second = (_read_per_query(path, name, metric, through) for path in (a, b))
+    judged = [_read_judgements(path, name) for path in (a, b)]
+    standing = sorted(query for query in first.keys() & second.keys() if judged[0][query] == judged[1][query])
+    if not standing:
+        raise ContractError(f"compare: task '{name}' has no query that both measurements share with the same judgements")
+    return _paired(first, second, standing, seed)
+
+
+def _common_task(reports: Sequence[Mapping[str, Any]], task: str | None) -> str:
+    shared = [name for name in reports[0]["scores"] if name in reports[1]["scores"]]
+    named = [task] if task is not None else shared
+    if len(named) != 1 or named[0] not in shared:
+        both = ", ".join(shared) or "none"
+        raise ContractError(
+            f"compare: expected one task that both reports have (they share: {both}), got {', '.join(named) or 'none'}"
+        )
+    return named[0]
+
+
+def _paired(first: Mapping[str, float], second: Mapping[str, float], order: Sequence[str], seed: int) -> Comparison:
     return paired_randomisation([first[query] for query in order], [second[query] for query in order], seed=seed, level=LEVEL)
 
 
@@ -248,15 +304,15 @@ def _write_per_query(path: Path, measured: Mapping[str, Measured]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("task", "query_id", "metric")
+    names = ("task", "query_id", "metric", "judged")
     schema = pa.schema([*((name, pa.string()) for name in names), ("exact", pa.float64()), ("index", pa.float64())])
     rows = []
     for label, result in measured.items():
         for metric, values in result.per_query["exact"].items():
             index = result.per_query["index"][metric].tolist() if "index" in result.per_query else [None] * len(values)
             rows += [
-                dict(zip(schema.names, (label, query, metric, exact, through), strict=True))
-                for query, exact, through in zip(result.query_ids, values.tolist(), index, strict=True)
+                dict(zip(schema.names, (label, query, metric, judged, exact, through), strict=True))
+                for query, judged, exact, through in zip(result.query_ids, result.judgements, values.tolist(), index, strict=True)
             ]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
@@ -280,3 +336,12 @@ def _read_per_query(path: Path, task: str, metric: str, through: str) -> dict[st
     if None in values:
         raise ContractError(f"compare: {path} was not measured through an index on task '{task}'; compare through exact")
     return dict(zip(table.column("query_id").to_pylist(), values, strict=True))
+
+
+def _read_judgements(path: Path, task: str) -> dict[str, str]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(Path(path) / "per_query.parquet", filters=[("task", "=", task)])
+    if "judged" not in table.column_names:
+        raise ContractError(f"compare: {path} was written by an older version, which did not keep the judgements; evaluate again")
+    return dict(zip(table.column("query_id").to_pylist(), table.column("judged").to_pylist(), strict=True))

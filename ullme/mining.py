@@ -16,7 +16,7 @@ import json
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -30,7 +30,7 @@ from ullme.errors import ContractError, DataError
 from ullme.lexical import LexicalConfig
 from ullme.neighbours import MISSING_ROW
 from ullme.progress import Progress
-from ullme.rankers import MiningContext, Ranker, VectorRanker
+from ullme.rankers import MiningContext, Ranker, model_vectors
 from ullme.records import normalise
 
 __all__ = ["MINE", "Miner", "MiningConfig", "RankingMiner", "Selection", "mine"]
@@ -41,6 +41,7 @@ BLOCK_QUERIES = 256
 MAX_REFUSED_SHARE = 0.1
 ABOVE_POSITIVE = "scores no less than a positive, kept"
 SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
+ROW_BYTES, SHOWN_BYTES, REPORT_BYTES = 40, 400, 4_000  # an id with its score; a text that is shown; the rest of the report
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,13 @@ class RankingMiner(Miner):
         return [(int(rows[position]), float(scores[position])) for position in free]
 
 
+class MiningRuntime(Section):
+    """Speed and memory of miners that encode; none of it changes the vectors beyond rounding."""
+
+    batch_tokens: int = Field(default=16_384, ge=1)
+    """Padded tokens per forward pass."""
+
+
 class MiningConfig(Section):
     """How negatives are chosen.
 
@@ -191,6 +199,7 @@ class MiningConfig(Section):
     miner: Annotated[Miner, component("ullme.miners")] = Field(default_factory=lambda: _default_miner())
     pool: Literal["train_only", "all"] = "train_only"
     teacher_queries: int = Field(default=1000, ge=1)
+    runtime: MiningRuntime = MiningRuntime()
 
 
 def _default_miner() -> Any:
@@ -210,7 +219,8 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
     if not queries:
         raise DataError("mine: the data set has no train query; look at the data stage's counts")
     documents = _pool(data) if section.pool == "train_only" else data.documents()
-    context = MiningContext(queries, documents, draft.seed, _vectors_of(inputs, data) if "model" in inputs else None)
+    vectors = model_vectors(inputs, data, batch_tokens=section.runtime.batch_tokens) if "model" in inputs else None
+    context = MiningContext(queries, documents, draft.seed, vectors)
     teachers = _teachers(section, context)
     given, taken, dropped = _given(context, section.miner)
     selection = section.miner.select(context, taken)
@@ -248,7 +258,15 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
         )
 
 
-MINE = Stage("mine", "negatives", 1, mine)
+def mining_space(section: MiningConfig, inputs: Inputs) -> int:
+    """Bytes of the negatives and the report, by the number of train queries."""
+    counts = inputs.ref("data").meta
+    wanted = section.miner.wanted
+    shown = SHOWN_BYTES * SHOWN_ROWS * (wanted + 2)  # the query and a positive beside them
+    return ROW_BYTES * (counts["queries_train"] * (1 + wanted) + counts["negatives"]) + shown + REPORT_BYTES
+
+
+MINE = Stage("mine", "negatives", 1, mine, mining_space)
 
 
 def _pool(data: Dataset) -> list[Document]:
@@ -263,36 +281,6 @@ def _pool(data: Dataset) -> list[Document]:
             "mine: every document is held out for dev or test queries; give the data train documents, or set mining.pool: all"
         )
     return pool
-
-
-def _vectors_of(inputs: Inputs, data: Dataset) -> Callable[[MiningContext], VectorRanker]:
-    """Encodes train queries and pool when first called; documents that `embeddings` holds are taken from there."""
-
-    def vectors(context: MiningContext) -> VectorRanker:
-        from ullme.encoder import Encoder
-        from ullme.encoding import open_embeddings
-
-        encoder = Encoder.load(inputs["model"])
-        documents = np.zeros((len(context.documents), encoder.dim), dtype=np.float16)
-        missing = dict(context.row_of)
-        if "embeddings" in inputs:
-            stored = open_embeddings(inputs["embeddings"])
-            if stored.fingerprint != inputs.ref("model").digest:
-                raise ContractError(
-                    f"mine: the embeddings were made by model {stored.fingerprint[:12]}, the model given is "
-                    f"{inputs.ref('model').digest[:12]}; encode the corpus with it first"
-                )
-            for ids, block in stored.shards():
-                here = [(position, missing.pop(name)) for position, name in enumerate(ids) if name in missing]
-                if here:
-                    positions, rows = (list(part) for part in zip(*here, strict=True))
-                    documents[rows] = block[positions]
-        if missing:
-            logger.info("mine: encoding %d documents of the pool", len(missing))
-            documents[list(missing.values())] = encoder.encode([data.document(name).content for name in missing], prompt="document")
-        return VectorRanker(encoder.encode([query.text for query in context.queries], prompt="query"), documents)
-
-    return vectors
 
 
 def _teachers(section: MiningConfig, context: MiningContext) -> dict[str, dict[str, Any]]:

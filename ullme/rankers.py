@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ from typing import Protocol
 
 import numpy as np
 
-from ullme.data import Document, Query
-from ullme.errors import ConfigError
+from ullme.artifacts import Inputs
+from ullme.data import Dataset, Document, Query
+from ullme.errors import ConfigError, ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
 from ullme.neighbours import ExactSearcher, Neighbours
 from ullme.records import normalise
 
-__all__ = ["LexicalRanker", "MiningContext", "Ranker", "VectorRanker"]
+__all__ = ["LexicalRanker", "MiningContext", "Ranker", "VectorRanker", "model_vectors"]
+
+logger = logging.getLogger(__name__)
 
 
 class Ranker(Protocol):
@@ -132,3 +136,39 @@ class MiningContext:
     def random(self, query: int) -> np.random.Generator:
         """A generator that depends on the seed and the query's id, not on its position."""
         return np.random.default_rng([self.seed, zlib.crc32(self.queries[query].id.encode())])
+
+
+def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callable[[MiningContext], VectorRanker]:
+    """Encodes train queries and pool with `model` when first called; documents that `embeddings` holds are taken from there.
+
+    Raises, when called:
+        ContractError: the embeddings are of another model.
+    """
+
+    def vectors(context: MiningContext) -> VectorRanker:
+        from ullme.encoder import Encoder
+        from ullme.encoding import open_embeddings
+
+        encoder = Encoder.load(inputs["model"])
+        documents = np.zeros((len(context.documents), encoder.dim), dtype=np.float16)
+        missing = dict(context.row_of)
+        if "embeddings" in inputs:
+            stored = open_embeddings(inputs["embeddings"])
+            if stored.fingerprint != inputs.ref("model").digest:
+                raise ContractError(
+                    f"mine: the embeddings were made by model {stored.fingerprint[:12]}, the model given is "
+                    f"{inputs.ref('model').digest[:12]}; encode the corpus with it first"
+                )
+            for ids, block in stored.shards():
+                here = [(position, missing.pop(name)) for position, name in enumerate(ids) if name in missing]
+                if here:
+                    positions, rows = (list(part) for part in zip(*here, strict=True))
+                    documents[rows] = block[positions]
+        if missing:
+            logger.info("mine: encoding %d documents of the pool", len(missing))
+            texts = [data.document(name).content for name in missing]
+            documents[list(missing.values())] = encoder.encode(texts, prompt="document", batch_tokens=batch_tokens)
+        queries = encoder.encode([query.text for query in context.queries], prompt="query", batch_tokens=batch_tokens)
+        return VectorRanker(queries, documents)
+
+    return vectors

@@ -49,6 +49,8 @@ class Document:
 
     searchable: part of the corpus that is indexed and evaluated; False = it exists only to train on.
     held_out: never shown in training, not even as a negative: it belongs to what the model is tested on.
+    parent: id of the document that this passage was cut from; empty = it was not cut, it is the document.
+    section: where in the parent it stands, such as `Install > On Linux`; shown to people, never embedded.
     """
 
     id: str
@@ -56,6 +58,8 @@ class Document:
     title: str = ""
     searchable: bool = True
     held_out: bool = False
+    parent: str = ""
+    section: str = ""
 
     @property
     def content(self) -> str:
@@ -70,7 +74,7 @@ class Query:
     split: train, dev or test; None = the source does not say, and `ullme.data` decides by the hash of `group`.
     positives: document id -> grade (> 0). negatives: ids of documents that the source calls wrong answers.
     instruction: what this query asks for, where the source says so; empty = the model's own query prompt.
-    group: queries of one group stay on one side of the split; empty = the normalised text.
+    group: queries of one group stay on one side of the split; empty = the canonical form of the text (`ullme.splits`).
     """
 
     id: str
@@ -211,7 +215,7 @@ def objects(path: Path, problems: Problems) -> Iterator[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One object of a JSON Lines file, which reports what is wrong with itself."""
+    """One object of a JSON Lines file, or one row of a table, which reports what is wrong with itself."""
 
     path: Path
     number: int

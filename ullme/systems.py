@@ -79,10 +79,10 @@ class LexicalSystem:
 
 
 class EncodedSearcher:
-    """Query texts through an encoder, its vectors through a searcher. A text is encoded once."""
+    """Query texts through an encoder, its vectors through a searcher. A text is encoded once: `known` holds what was."""
 
-    def __init__(self, encoder: Encoder, searcher: Searcher, known: dict[str, np.ndarray]) -> None:
-        self._encoder, self._searcher, self._known = encoder, searcher, known
+    def __init__(self, encode: Callable[[Sequence[str]], np.ndarray], searcher: Searcher, known: dict[str, np.ndarray]) -> None:
+        self._encode, self._searcher, self._known = encode, searcher, known
 
     @property
     def ids(self) -> Sequence[str]:
@@ -93,17 +93,21 @@ class EncodedSearcher:
         """The k best documents of each text."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            self._known.update(zip(new, self._encoder.encode(new, prompt="query"), strict=True))
+            self._known.update(zip(new, self._encode(new), strict=True))
         return self._searcher.search(np.stack([self._known[text] for text in texts]), k)
 
 
 @dataclass(frozen=True)
 class VectorSystem:
-    """A model over its stored vectors, exactly and through the index where one is given."""
+    """A model over its stored vectors, exactly and through the index where one is given.
+
+    batch_tokens: padded tokens of queries per forward pass.
+    """
 
     inputs: Inputs
     store: Store
     open_index: OpenIndex | None
+    batch_tokens: int
     name: str = "model"
     _known: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -119,13 +123,17 @@ class VectorSystem:
 
         return Encoder.load(self.inputs["model"])
 
+    def _encode(self, queries: Sequence[str]) -> np.ndarray:
+        return self.encoder.encode(queries, prompt="query", batch_tokens=self.batch_tokens)
+
     def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
         """Over the stored vectors; another corpus is encoded first (in shards that a crash does not lose)."""
         if other is None:
             path = self.inputs["embeddings"]
         else:
             refs = {"data": other, "model": self.inputs.ref("model")}
-            path = self.store.open(self.store.produce(ENCODE, EncodeConfig(), refs, seed=0), "embeddings")
+            section = EncodeConfig.model_validate({"runtime": {"batch_tokens": self.batch_tokens}})
+            path = self.store.open(self.store.produce(ENCODE, section, refs, seed=0), "embeddings")
         stored = open_embeddings(path)
         if stored.fingerprint != self.fingerprint:
             raise ContractError(
@@ -133,9 +141,9 @@ class VectorSystem:
                 f"{self.fingerprint[:12]}; encode the corpus with it first"
             )
         vectors = np.concatenate([block for _, block in stored.shards()])
-        found = {"exact": EncodedSearcher(self.encoder, ExactSearcher(vectors, stored.ids), self._known)}
+        found = {"exact": EncodedSearcher(self._encode, ExactSearcher(vectors, stored.ids), self._known)}
         if other is None and "index" in self.inputs:
             if self.open_index is None:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
-            found["index"] = EncodedSearcher(self.encoder, self.open_index(self.inputs["index"], self.fingerprint), self._known)
+            found["index"] = EncodedSearcher(self._encode, self.open_index(self.inputs["index"], self.fingerprint), self._known)
         return found

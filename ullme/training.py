@@ -1,8 +1,7 @@
 """The training stage: phases of an objective over examples, resumable at any checkpoint, exact for a seed.
 
 The order of examples, the choice of positives and negatives and the queries that the language model scores are pure
-functions of (seed, phase, step), so a run that was interrupted goes on exactly where it was. A checkpoint lies in the
-draft's scratch folder: trainable weights and optimizer state as safetensors, position and random state as JSON.
+functions of (seed, phase, step), so a run that was interrupted goes on exactly where its last checkpoint was.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from ullme.artifacts import Draft, Inputs, Stage, digest_of, write_atomic
+from ullme.artifacts import Draft, Inputs, Stage, digest_of, sync, write_atomic
+from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
 from ullme.errors import DataError, NotFinite
@@ -31,7 +31,7 @@ from ullme.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-    from ullme.encoder import Encoder
+    from ullme.encoder import Encoder, Role
     from ullme.gradcache import TrainBatch
 
 __all__ = ["TRAIN", "GenerationConfig", "LoraConfig", "PhaseConfig", "Sampler", "TrainConfig", "train"]
@@ -109,6 +109,8 @@ class TrainConfig(Section):
 
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     adapter: LoraConfig | None = LoraConfig()
+    start_from: Literal["base", "champion"] = "base"
+    """The weights that training starts from: the backbone's, or the released champion's (the backbone's while there is none)."""
     runtime: TrainRuntime = TrainRuntime()
 
 
@@ -225,7 +227,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         require_reference(encoder, phase.objective)
     started = time.monotonic()
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
-    before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample))
+    before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample, section.runtime))
     for phase, step in loop.positions():
         sampler = Sampler(examples, section.phases[phase], draft.seed, phase)
         loop.advance(sampler, phase, step)
@@ -235,7 +237,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         _forget_place(draft.path / "adapter", encoder.config.base)
     encoder.merge_adapter()
     encoder.save(draft.path)
-    write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample)}))
+    write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
     shutil.copy(loop.metrics_file, logs / "metrics.jsonl")
     draft.meta |= {
         "dim": encoder.dim,
@@ -246,7 +248,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     }
 
 
-TRAIN = Stage("train", "model", 1, train)
+TRAIN = Stage("train", "model", 1, train, training_space)
 
 
 class Loop:
@@ -261,7 +263,7 @@ class Loop:
             parameter.data = parameter.data.float() if section.adapter is not None else parameter.data
         self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
         self._steps = [(p, s) for p, phase in enumerate(section.phases) for s in range(phase.steps)]
-        self._identity = digest_of([section.identity(), draft.seed])
+        self._checkpoints = Checkpoints(draft.scratch, digest_of([section.identity(), draft.seed]))
         self.metrics_file = draft.scratch / "metrics.jsonl"
         self.last_loss = float("nan")
         self._done = self._resume()
@@ -335,58 +337,42 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def _checkpoint(self) -> None:
-        from safetensors.torch import save_file
-
-        folder = self._draft.scratch / f"checkpoint-{self._done}"
-        partial = self._draft.scratch / "checkpoint.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        sync(self.metrics_file)
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._trainable.items():
             tensors[f"weight/{name}"] = parameter.detach().clone()
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.detach().clone()
-        save_file(tensors, partial / "state.safetensors")
-        write_atomic(
-            partial / "position.json", json.dumps({"done": self._done, "identity": self._identity, "loss": self.last_loss})
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        for old in self._draft.scratch.glob("checkpoint-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        self._checkpoints.save(Checkpoint(self._done, self.last_loss, tensors))
 
     def _resume(self) -> int:
         """Load the newest checkpoint; returns the number of steps done."""
-        from safetensors.torch import load_file
-
-        found = sorted(self._draft.scratch.glob("checkpoint-*/position.json"), key=lambda f: int(f.parent.name.split("-")[1]))
-        if not found:
+        found = self._checkpoints.newest()
+        if found is None:
             self.metrics_file.unlink(missing_ok=True)
             return 0
-        position = json.loads(found[-1].read_text(encoding="utf-8"))
-        if position["identity"] != self._identity:
-            logger.warning("ignoring a checkpoint of other settings in %s", found[-1].parent)
-            self.metrics_file.unlink(missing_ok=True)
-            return 0
-        tensors = load_file(found[-1].parent / "state.safetensors")
+        tensors = found.tensors
         for name, parameter in self._trainable.items():
             parameter.data.copy_(tensors[f"weight/{name}"])
             self._optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
             }
         rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
-        write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[: position["done"]]))
-        self.last_loss = position["loss"]
-        return int(position["done"])
+        write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[: found.done]))
+        self.last_loss = found.loss
+        return found.done
 
 
-def _scores(encoder: Encoder, examples: Sequence[Example]) -> dict[str, list[float]]:
+def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime) -> dict[str, list[float]]:
     """Cosine of each example's query with its first positive and its first negatives: what a plot shows before and after."""
-    queries = encoder.encode([example.query for example in examples], prompt="query")
-    positives = encoder.encode([example.positives[0] for example in examples], prompt="document")
+
+    def encode(texts: Sequence[str], role: Role) -> np.ndarray:
+        return encoder.encode(texts, prompt=role, batch_tokens=runtime.chunk_tokens)
+
+    queries = encode([example.query for example in examples], "query")
+    positives = encode([example.positives[0] for example in examples], "document")
     pairs = [(row, text) for row, example in enumerate(examples) for text in example.negatives[:1]]
-    negatives = encoder.encode([text for _, text in pairs], prompt="document")
+    negatives = encode([text for _, text in pairs], "document")
     return {
         "positive": [float(value) for value in (queries * positives).sum(1)],
         "negative": [float(queries[row] @ vector) for (row, _), vector in zip(pairs, negatives, strict=True)],

@@ -1,19 +1,21 @@
-"""The registry: a tie is called a tie, a worse model stays out, a better one comes in together with its index."""
+"""The rule and the registry: a better model comes in together with its index; the same model with newer documents comes in
+when it is not worse on the standing queries; a tie, a worse one and a withdrawn one stay out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import report
+from conftest import BASE, BETTER, GOOD, Scene, report
 
-from flows.registry import Promotion, PromotionConfig, Registry, promote
-from flows.retriever import Release, Retriever
+from flows.promotion import PromotionConfig, promote
+from flows.registry import Registry
+from flows.retriever import Retriever
 from flows.tracking import TrackingConfig
-from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ConfigError, ContractError
 
 pytestmark = [
@@ -23,42 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-RULE = PromotionConfig()
-RANDOM = np.random.default_rng(0)
-BASE = RANDOM.uniform(0.0, 0.3, 60)
-GOOD = BASE + RANDOM.uniform(0.1, 0.5, 60)
-BETTER = np.minimum(GOOD + RANDOM.uniform(0.0, 0.2, 60), 1.0)
-NOISE = np.clip(GOOD + RANDOM.normal(0, 0.05, 60), 0, 1)
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables made, once for all tests: that takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    Registry.at(TrackingConfig(), folder)
-    return folder / "mlflow.db"
-
-
-class Scene:
-    """A registry and a store to release into."""
-
-    def __init__(self, folder: Path, artifacts: Mapping[str, ArtifactRef]) -> None:
-        self.store, self.artifacts = Store(folder / "reports"), artifacts
-        self.registry = Registry.at(TrackingConfig(model_name="test"), folder)
-
-    def release(self, model: str = "model", index: str = "index") -> Release:
-        return Release(model=self.artifacts[model], index=self.artifacts[index], data=self.artifacts["data"])
-
-    def promote(self, release: Release, *, rule: PromotionConfig = RULE, pinned: bool = True, **scores: Any) -> Promotion:
-        reports = {name: report(self.store, f"{name} {hash(tuple(values))}", values).path for name, values in scores.items()}
-        return promote(self.registry, release, reports, rule=rule, pinned=pinned)
-
-
-@pytest.fixture
-def scene(tmp_path: Path, artifacts: Mapping[str, ArtifactRef], empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    return Scene(tmp_path, artifacts)
+NOISE = np.clip(GOOD + np.random.default_rng(1).normal(0, 0.05, 60), 0, 1)
 
 
 def versions(scene: Scene) -> dict[str, int | None]:
@@ -83,13 +50,89 @@ def test_the_same_release_twice_is_one_version_and_not_promoted_again(scene: Sce
     assert "champion already" in again.why
 
 
-def test_the_same_model_with_another_index_is_a_tie(scene: Scene) -> None:
-    scene.promote(scene.release(), tuned=GOOD, base=BASE)
-    found = scene.promote(scene.release(index="other_index"), tuned=GOOD, base=BASE)
-    assert (found.promoted, found.created, found.difference) == (False, True, 0.0)
-    assert "a tie" in found.why
-    assert "same model" in found.why
+def test_the_same_model_with_another_index_is_promoted_when_it_is_not_worse(scene: Scene) -> None:
+    found = scene.refresh(GOOD)
+    assert (found.promoted, found.created, found.version, found.difference) == (True, True, 2, 0.0)
+    assert "not worse than champion version 1, the same model" in found.why
+    assert versions(scene) == {"champion": 2, "challenger": None}
+
+
+def test_the_margin_is_what_the_same_model_may_lose(scene: Scene) -> None:
+    found = scene.refresh(GOOD - 0.03)
+    assert not found.promoted
+    assert "may be worse than champion version 1, the same model: ndcg_at_10 may have dropped by more than 0.02" in found.why
+    assert found.difference == pytest.approx(-0.03)
     assert versions(scene) == {"champion": 1, "challenger": 2}
+    release = scene.release(index="graph")
+    assert scene.promote(release, tuned=GOOD - 0.03, rule=PromotionConfig(margin=0.04)).promoted
+
+
+def test_the_lower_end_of_the_interval_decides_not_the_mean(scene: Scene) -> None:
+    noisy = GOOD + np.where(np.arange(60) % 2, 0.2, -0.2)
+    found = scene.refresh(noisy)
+    assert found.difference == pytest.approx(0.0)
+    assert not found.promoted
+
+
+@pytest.mark.parametrize(("recall", "promoted"), [(GOOD - 0.05, False), (GOOD, True)])
+def test_the_same_model_may_not_drop_in_a_further_metric(scene: Scene, recall: np.ndarray, promoted: bool) -> None:
+    rule = PromotionConfig(must_not_drop=("recall_at_10",))
+    found = scene.refresh({"scores": GOOD, "recall": recall}, before={"scores": GOOD, "recall": GOOD}, rule=rule)
+    assert found.promoted is promoted
+    assert ("recall_at_10 may have dropped by more than 0.02" in found.why) is not promoted
+
+
+@pytest.mark.parametrize(("recall", "promoted"), [(GOOD - 0.05, False), (GOOD, True)])
+def test_a_better_model_may_not_drop_in_a_further_metric(scene: Scene, recall: np.ndarray, promoted: bool) -> None:
+    scene.promote(scene.release(), tuned=GOOD, base=BASE)
+    rule = PromotionConfig(must_not_drop=("recall_at_10",))
+    tuned, champion = {"scores": BETTER, "recall": recall}, {"scores": GOOD, "recall": GOOD}
+    found = scene.promote(scene.release("other", "other_index"), tuned=tuned, base=BASE, champion=champion, rule=rule)
+    assert found.promoted is promoted
+    assert found.why.startswith("better than champion version 1")
+    assert ("but recall_at_10 may have dropped" in found.why) is not promoted
+
+
+def test_queries_whose_judgements_changed_do_not_count(scene: Scene) -> None:
+    changed = ["changed"] * 20 + ["same"] * 40
+    worse_there = np.concatenate([GOOD[:20] - 0.5, GOOD[20:]])
+    found = scene.refresh({"scores": worse_there, "judged": changed})
+    assert found.promoted
+    assert found.difference == 0.0
+    assert "40 queries" in found.why
+
+
+def test_without_a_standing_query_nothing_is_promoted(scene: Scene) -> None:
+    found = scene.refresh({"scores": GOOD, "judged": ["changed"] * 60})
+    assert not found.promoted
+    assert "cannot be compared with champion version 1" in found.why
+    assert "no query that both measurements share" in found.why
+    assert "ullme rollback --to" in found.why
+    assert versions(scene) == {"champion": 1, "challenger": 2}
+
+
+def test_a_champion_whose_report_is_gone_keeps_its_place(scene: Scene) -> None:
+    scene.promote(scene.release(), tuned=GOOD, base=BASE)
+    champion = scene.registry.champion()
+    assert champion is not None
+    shutil.rmtree(champion.release.reports["tuned"].path)
+    found = scene.promote(scene.release(index="graph"), tuned=BETTER)
+    assert not found.promoted
+    assert "cannot be compared with champion version 1" in found.why
+
+
+def test_a_withdrawn_version_is_not_promoted_again_by_itself(scene: Scene) -> None:
+    scene.refresh(GOOD)
+    first, second = (scene.registry.find(scene.release(index=index)) for index in ("index", "graph"))
+    assert first is not None
+    assert second is not None
+    scene.registry.withdraw(second, why="wrong answers")
+    scene.registry.crown(first, why="rolled back")
+    found = scene.promote(scene.release(index="graph"), tuned=BETTER)
+    assert (found.promoted, found.created) == (False, False)
+    assert "version 2 was rolled back" in found.why
+    assert "wrong answers" in found.why
+    assert versions(scene) == {"champion": 1, "challenger": None}
 
 
 @pytest.mark.parametrize(("scores", "words"), [(GOOD - 0.08, "worse than"), (NOISE, "a tie"), (GOOD, "a tie")])

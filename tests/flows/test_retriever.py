@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import produce
 
-from flows.retriever import EXCERPT_CHARACTERS, Release, Retriever, excerpt
-from ullme.artifacts import ArtifactRef
+from flows.commands.search import _show
+from flows.retriever import EXCERPT_CHARACTERS, Hit, Release, Retriever, excerpt
+from ullme.artifacts import ArtifactRef, Store
 from ullme.data import Dataset
 from ullme.encoder import Encoder
 from ullme.errors import ArtifactError, ContractError
@@ -26,6 +31,7 @@ def test_hits_are_the_nearest_documents_with_rank_score_and_text(release: Releas
     assert [hit.rank for hit in first] == [1, 2, 3]
     np.testing.assert_allclose([hit.score for hit in first], np.sort(scores)[::-1][:3], atol=2e-3)
     assert all(hit.text == corpus[hit.id].text and hit.excerpt for hit in first)
+    assert all((hit.passage, hit.section, hit.passages) == (hit.id, "", 1) for hit in first)
     assert len(second) == 3
 
 
@@ -35,6 +41,54 @@ def test_fewer_documents_than_asked_for_are_fewer_hits(release: Release) -> None
     assert retriever.search([], k=5) == []
     with pytest.raises(ContractError):
         retriever.search(["sum"], k=0)
+
+
+def release_of(folder: Path, rows: list[dict[str, Any]], index: Mapping[str, Any]) -> Release:
+    """What the real stages make of a corpus."""
+    store, corpus = Store(folder / "store"), folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = produce(store, "data", {"source": {"kind": "jsonl", "corpus": str(corpus)}, "held_out": "none"})
+    model = produce(store, "backbone", {"model": "tiny:llama", "dtype": "float32", "max_tokens": 48})
+    embeddings = produce(store, "encode", {}, data=data, model=model)
+    return Release(model=model, index=produce(store, "index", index, embeddings=embeddings), data=data)
+
+
+def passage_rows() -> list[dict[str, Any]]:
+    """One document of forty passages, which crowd the others out, eight of five, and one that was never cut."""
+    sizes = {"long.md": 40, **{f"short{number}.md": 5 for number in range(8)}}
+    rows = [
+        {"id": f"{name}#{number}", "parent": name, "section": f"Part {number}", "title": name, "text": f"{name} says {number}"}
+        for name, size in sizes.items()
+        for number in range(1, size + 1)
+    ]
+    return [*rows, {"id": "whole.txt", "text": "a text that was never cut"}]
+
+
+@pytest.mark.parametrize("index", [{"kind": "flat"}, {"kind": "hnsw"}], ids=lambda index: index["kind"])
+def test_a_document_in_passages_is_one_hit_with_its_best_passage(tmp_path: Path, index: Mapping[str, Any]) -> None:
+    rows = passage_rows()
+    retriever = Retriever.open(release_of(tmp_path, rows, index))
+    texts = ["long.md says 3", "short2.md says 5"]
+    found = retriever.search(texts, k=6)
+    encoder, by_id = retriever.encoder, {row["id"]: row for row in rows}
+    contents = [f"{row['title']}\n{row['text']}" if "title" in row else row["text"] for row in rows]
+    scores = encoder.encode(texts, prompt="query") @ encoder.encode(contents, prompt="document").T
+    for hits, of_text in zip(found, scores, strict=True):
+        best: dict[str, float] = {}
+        for row, score in zip(rows, of_text, strict=True):
+            best[row.get("parent", row["id"])] = max(score, best.get(row.get("parent", row["id"]), -2))
+        assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
+        assert len({hit.id for hit in hits}) == 6
+        np.testing.assert_allclose([hit.score for hit in hits], sorted(best.values(), reverse=True)[:6], atol=5e-3)
+        for hit in hits:
+            row = by_id[hit.passage]
+            assert (hit.id, hit.section, hit.text) == (row.get("parent", row["id"]), row.get("section", ""), row["text"])
+            assert hit.score == pytest.approx(best[hit.id], abs=5e-3)
+            assert 1 <= hit.passages <= (40 if hit.id == "long.md" else 5)
+    everything = {hit.id: hit.passages for hit in retriever.search(texts, k=50)[0]}
+    assert everything.keys() == {row.get("parent", row["id"]) for row in rows}
+    if index["kind"] == "flat":  # a graph may miss some of many passages that are nearly the same
+        assert everything == Counter(row.get("parent", row["id"]) for row in rows)
 
 
 def test_an_index_of_another_model_is_refused(release: Release, artifacts: Mapping[str, ArtifactRef]) -> None:
@@ -71,3 +125,23 @@ def test_excerpts_are_short_whole_words_without_margin() -> None:
     long = excerpt("word " * 200)
     assert long.endswith("word ...")
     assert len(long) <= EXCERPT_CHARACTERS + 4
+
+
+def test_an_answer_is_shown_with_its_place_in_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {
+        "rank": 1,
+        "score": 0.5,
+        "id": "guide.md",
+        "text": "Do it.",
+        "excerpt": "Do it.",
+        "passage": "guide.md#2",
+        "passages": 3,
+    }
+    for title, section, place in (
+        ("The guide", "Install > On Linux", "  The guide > Install > On Linux"),
+        ("", "Install", "  Install"),
+        ("The guide", "", "  The guide"),
+        ("", "", ""),
+    ):
+        _show(Hit.model_validate({**fields, "title": title, "section": section}))
+        assert capsys.readouterr().out == f"\n 1  0.500  guide.md{place}\n    Do it.\n"

@@ -47,7 +47,7 @@ def test_three_mistakes_are_three_lines(file: Path) -> None:
     file.write_text(GOOD.replace("pydocs", "pydcs").replace("0.1", "q").replace("steps: 6", "stepps: 6\n      steps: 6"))
     lines = problems(file)
     assert lines == [
-        "F: data.source: unknown kind 'pydcs'; allowed: beir, jsonl, pydocs; did you mean 'pydocs'?",
+        "F: data.source: unknown kind 'pydcs'; allowed: beir, hub, jsonl, parquet, pydocs, text; did you mean 'pydocs'?",
         "F: training.phases.0.objective.beta: expected a number, got 'q'",
         lines[2],
     ]

@@ -287,6 +287,7 @@ def test_a_pinned_source_refuses_other_contents(tmp_path):
     "changed",
     [
         {"on_bad_record": "skip"},
+        {"held_out": "none"},
         {"dev_share": 0.06},
         {"test_share": 0.2},
         {"max_train_queries": 9},

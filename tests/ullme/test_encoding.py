@@ -54,7 +54,8 @@ def rows_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def run(store: Store, refs: dict[str, ArtifactRef], draft: Draft, section: EncodeConfig = SHARDS) -> np.ndarray:
-    encode(section, Inputs(store, refs), draft)
+    """Encode into the draft; nothing can be taken from a store that is empty."""
+    encode(section, Inputs(Store(draft.path.parent / "empty"), refs), draft)
     return open_embeddings(draft.path).vectors()
 
 
@@ -171,6 +172,7 @@ def test_the_share_that_is_cut_is_counted_also_after_a_restart(store: Store, ref
     data = toy_data(store, ToyData(texts=("short", "x" * 100, "brief", "y" * 25), train_queries=2))
     for _ in range(2):
         run(store, {**refs, "data": data}, draft)
+        draft.meta.pop("texts_encoded")
         assert draft.meta == {"count": 4, "dim": 64, "share_truncated": 0.5, "fingerprint": refs["model"].digest}
 
 
@@ -211,3 +213,59 @@ def test_opening_something_incomplete_or_mixed_is_refused(
     damage(draft.path, "no vectors")
     with pytest.raises(ArtifactError, match=r"shard-00001\.npy is missing"):
         open_embeddings(draft.path)
+
+
+# A corpus that changed
+
+TEXTS = tuple(f"document number {number} about {word}" for number, word in enumerate(["rain", "snow", "wind", "fog"] * 6))
+
+
+def changed(store: Store, refs: dict[str, ArtifactRef], texts: tuple[str, ...]) -> dict[str, ArtifactRef]:
+    return {**refs, "data": toy_data(store, ToyData(texts=texts, train_queries=2))}
+
+
+def test_only_new_and_changed_texts_are_encoded(refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]) -> None:
+    store = Store(tmp_path)
+    store.produce(ENCODE, SHARDS, changed(store, refs, TEXTS), seed=0)
+    rows_encoded.clear()
+    texts = ("quite new", *TEXTS[3:10], "edited", *TEXTS[11:], TEXTS[5])
+    ref = store.produce(ENCODE, SHARDS, changed(store, refs, texts), seed=0)
+    assert sum(rows_encoded) == 2
+    assert ref.meta["texts_encoded"] == 2
+    expected = Encoder.load(refs["model"].path).encode(list(texts), prompt="document")
+    assert np.abs(open_embeddings(ref.path).vectors() - expected).max() <= 1e-3
+
+
+def test_a_text_that_comes_back_is_found_in_an_older_artifact(
+    refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]
+) -> None:
+    store = Store(tmp_path)
+    for texts in (TEXTS, TEXTS[:4]):
+        store.produce(ENCODE, SHARDS, changed(store, refs, texts), seed=0)
+    rows_encoded.clear()
+    ref = store.produce(ENCODE, SHARDS, changed(store, refs, TEXTS[2:20]), seed=0)
+    assert sum(rows_encoded) == 0
+    assert ref.meta["texts_encoded"] == 0
+
+
+def test_the_share_that_is_cut_counts_vectors_that_were_taken_over(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = store.produce(ENCODE, SHARDS, changed(store, refs, ("short", "x" * 100, "brief", "y" * 99)), seed=0)
+    second = store.produce(ENCODE, SHARDS, changed(store, refs, ("short", "x" * 100, "brief", "new")), seed=0)
+    assert (first.meta["share_truncated"], second.meta["share_truncated"]) == (0.5, 0.25)
+
+
+def test_nothing_is_taken_from_another_model_or_a_damaged_artifact(
+    store: Store, refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = Store(tmp_path)
+    first = fresh.produce(ENCODE, SHARDS, changed(fresh, refs, TEXTS), seed=0)
+    rows_encoded.clear()
+    other = store.produce(BACKBONE, BackboneConfig(model="tiny:qwen2", dtype="float32", max_tokens=24), {}, seed=0)
+    fresh.produce(ENCODE, SHARDS, {**changed(fresh, refs, TEXTS), "model": other}, seed=0)
+    assert sum(rows_encoded) == len(TEXTS)
+    rows_encoded.clear()
+    damage(first.path, "flipped byte")
+    Store(tmp_path).produce(ENCODE, SHARDS, changed(fresh, refs, TEXTS[1:]), seed=0)
+    assert sum(rows_encoded) == len(TEXTS) - 1
+    assert "nothing is taken over from a damaged artifact" in caplog.text

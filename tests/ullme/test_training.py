@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from toys import json_lines, tiny_encoder, toy_data
 
-from ullme import gradcache, training
+from ullme import checkpoints, gradcache
 from ullme.artifacts import ArtifactRef, Store, sha256_file
 from ullme.backbone import BACKBONE, BackboneConfig, PromptConfig
 from ullme.data import Example, read_examples
@@ -262,14 +262,14 @@ def kill_at(patch: pytest.MonkeyPatch, step: int, moment: str) -> None:
     """Die before the given step (1, 2, ...), after its row was written, or while the next checkpoint is written."""
     count = [0]
     if moment == "checkpoint":
-        plain_write = training.write_atomic
+        plain_write = checkpoints.write_atomic
 
         def write(path: Path, text: str) -> None:
             if path.name == "position.json" and json.loads(text)["done"] >= step:
                 raise Killed
             plain_write(path, text)
 
-        patch.setattr(training, "write_atomic", write)
+        patch.setattr(checkpoints, "write_atomic", write)
         return
     plain = Loop.advance
 
@@ -439,7 +439,7 @@ def test_every_field_is_among_those_tried() -> None:
     sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
     assert known - tried == {("phase", "generation")}
-    assert set(TrainConfig.model_fields) == {"phases", "adapter", "runtime"}
+    assert set(TrainConfig.model_fields) == {"phases", "adapter", "start_from", "runtime"}
 
 
 def test_seed_and_adapter_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:

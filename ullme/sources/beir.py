@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from ullme.errors import DataError
 from ullme.records import SPLITS, Document, Problems, Query, Records, Source, Split, digest_files, numbered_lines, objects
-from ullme.sources.jsonl import Pairs, pair_files
+from ullme.sources._pairs import Pairs
+from ullme.sources._rows import files_of
 
 HEADER_NAMES = {"query-id", "query_id", "queryid", "qid", "query", "topic"}
 
@@ -49,7 +50,7 @@ class Beir(Source):
     def fingerprint(self) -> str:
         """Digest of the contents of every file that is read, with the split it serves as."""
         corpus, queries, qrels = self._files()
-        pairs = ((f"pairs-{number:06d}", path) for number, path in enumerate(pair_files(self.train_pairs)))
+        pairs = ((f"pairs-{number:06d}", path) for number, path in enumerate(self._pair_files()))
         return digest_files([("corpus", corpus), ("queries", queries), *qrels.items(), *pairs])
 
     def read(self, problems: Problems) -> Records:
@@ -74,14 +75,17 @@ class Beir(Source):
                     grades |= judged[name].positives
                 judged[name] = replace(query, split=None if self.split_by_hash else split, positives=grades)
         answered = [_graded(query) for query in judged.values() if max(query.positives.values(), default=0) > 0]
-        for path in pair_files(self.train_pairs):
-            pairs.read(path, problems, split="train")
+        for path in self._pair_files():
+            pairs.read(objects(path, problems), split="train")
         counts = {
             "queries_without_positives": len(queries) - len(answered),
             "queries_in_two_splits": twice,
             "train_pairs": pairs.lines,
         }
         return Records(list(pairs.documents.values()), [*answered, *pairs.queries()], counts)
+
+    def _pair_files(self) -> list[Path]:
+        return files_of(self.train_pairs, ".jsonl", "JSON Lines")
 
     def _files(self) -> tuple[Path, Path, dict[Split, Path]]:
         """corpus.jsonl, queries.jsonl and the judgements of each split.

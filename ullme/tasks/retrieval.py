@@ -68,6 +68,10 @@ class RetrievalTask(Task):
         fields = {"source": source, "on_bad_record": self.on_bad_record, "source_digest": self.source_digest}
         return DataConfig.model_validate(fields).resolved()
 
+    def queries_in(self, counts: Mapping[str, int]) -> int | None:
+        """The queries of the split; nobody has counted those of another folder."""
+        return None if self.path else counts[f"queries_{self.split}"]
+
     def run(self, evaluation: Evaluation) -> Measured:
         """Search, and let mteb score what was found.
 
@@ -112,6 +116,7 @@ class RetrievalTask(Task):
             },
             scores=scores,
             per_query=per_query,
+            judgements=[digest_of([query.text, sorted(qrels[query.id].items())])[:16] for query in queries],
             controls=controls,
         )
 

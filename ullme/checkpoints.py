@@ -1,0 +1,124 @@
+"""Checkpoints of a training run: complete or not there, whatever happens while one is written; and the space they take.
+
+    checkpoint-25/state.safetensors   trainable weights and optimizer state
+    checkpoint-25/position.json       written last: steps done, identity of the settings, loss, sha256 of the state
+    checkpoint.partial/               one that is being written; it gets its name when both files would survive a power cut
+
+The one before is deleted only then, so two lie side by side for a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ullme.artifacts import Inputs, sha256_file, sync, write_atomic
+from ullme.backbone import StoredTensor, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ullme.training import LoraConfig, TrainConfig
+
+__all__ = ["Checkpoint", "Checkpoints", "training_space"]
+
+logger = logging.getLogger(__name__)
+
+STATE, POSITION = "state.safetensors", "position.json"
+ADAM_COPIES = 3  # a weight, and two running means as large as it
+HEADER_BYTES = 512  # per trained tensor: names, types and places of it and its optimizer state
+METRICS_ROW_BYTES = 1_000
+SETTINGS_BYTES = 16_000  # adapter and pooling settings, scores before and after
+EMBEDDINGS_AND_HEAD = re.compile(r"embed|wte|wpe|lm_head|output_layer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state that was read back. done: steps. loss: of the last of them."""
+
+    done: int
+    loss: float
+    tensors: dict[str, torch.Tensor]
+
+
+class Checkpoints:
+    """The checkpoints in `folder` of a run whose settings have this `identity`."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one, then delete those before it."""
+        from safetensors.torch import save_file
+
+        partial, final = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{checkpoint.done}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(checkpoint.tensors, partial / STATE)
+        sync(partial / STATE)
+        position = {"done": checkpoint.done, "identity": self.identity, "loss": checkpoint.loss}
+        write_atomic(partial / POSITION, json.dumps({**position, "sha256": sha256_file(partial / STATE)}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(self.folder)
+        for old in self.folder.glob("checkpoint-*"):
+            if old != final:
+                shutil.rmtree(old)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest that is whole and of these settings, or None. One that is not whole is passed over, with a warning."""
+        from safetensors.torch import load_file
+
+        found = sorted(self.folder.glob(f"checkpoint-*/{POSITION}"), key=lambda file: -int(file.parent.name.split("-")[1]))
+        for file in found:
+            position = json.loads(file.read_text(encoding="utf-8"))
+            state = file.with_name(STATE)
+            if position["identity"] != self.identity:
+                logger.warning("passing over %s: it is of other settings", file.parent)
+            elif not state.is_file() or sha256_file(state) != position["sha256"]:
+                logger.warning("passing over %s: its %s is damaged or missing", file.parent, STATE)
+            else:
+                return Checkpoint(position["done"], position["loss"], load_file(state))
+        return None
+
+
+def training_space(section: TrainConfig, inputs: Inputs) -> int:
+    """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
+    sizes = inputs.sizes("model")
+    tensors = stored_tensors(inputs.ref("model").path)
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    if section.adapter is None:
+        adapter, trained = 0, len(tensors)
+        checkpoint = ADAM_COPIES * weights
+    else:
+        adapted = [tensor for tensor in tensors if is_adapted(tensor, section.adapter)]
+        adapter, trained = 4 * sum(_added(tensor, section.adapter) for tensor in adapted), 2 * len(adapted)
+        checkpoint = ADAM_COPIES * adapter
+    headers = HEADER_BYTES * trained
+    rest = sum(sizes.values()) - weights + SETTINGS_BYTES
+    steps = sum(phase.steps for phase in section.phases)
+    metrics = METRICS_ROW_BYTES * steps
+    beside = 2 if steps > section.runtime.checkpoint_every else 1
+    return max(beside * (checkpoint + headers) + metrics, checkpoint + weights + adapter + 2 * (headers + metrics) + rest)
+
+
+def is_adapted(tensor: StoredTensor, config: LoraConfig) -> bool:
+    """Whether the adapter has a layer beside this weight."""
+    name = tensor.name.removesuffix(".weight")
+    if len(tensor.shape) != 2 or name == tensor.name:
+        return False
+    if config.targets == "all-linear":
+        return EMBEDDINGS_AND_HEAD.search(name) is None
+    if isinstance(config.targets, str):
+        return re.fullmatch(config.targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in config.targets)
+
+
+def _added(tensor: StoredTensor, config: LoraConfig) -> int:
+    """Weights that the adapter adds beside one of the model's."""
+    return config.rank * sum(tensor.shape) + (tensor.shape[0] if config.use_dora else 0)
