@@ -23,7 +23,7 @@ from flows.runs import PastRun, Runs
 from flows.stage import STAGES
 from flows.tracking import TrackingConfig
 from ullme.artifacts import ArtifactRef, Store, read_manifest, set_aside
-from ullme.disk import as_size
+from ullme.disk import Disk, as_size
 from ullme.errors import ArtifactError, ConfigError, UllmeError
 from ullme.progress import Progress
 
@@ -35,6 +35,7 @@ __all__ = ["Check", "Doctor"]
 State = Literal["ok", "warning", "problem"]
 LARGE_STORE = 10**9
 MEGABYTE = 10**6
+ASIDE = ".damaged-"
 SETTLED_S = 60
 """A temporary file older than this is nobody's: it has its name for milliseconds."""
 
@@ -108,7 +109,7 @@ class Doctor:
 
     def disk(self) -> Iterator[Check]:
         """What it has, against what the plan writes."""
-        disk = self.store.disk
+        disk = Disk(self.store.root, self._config.limits.reserve_bytes if self._config is not None else None)
         free, reserve = disk.free_bytes, disk.reserve_bytes
         told = f"{as_size(free)} free at {self.store.root}"
         if self._config is None:
@@ -145,9 +146,8 @@ class Doctor:
 
     def artifacts(self) -> Iterator[Check]:
         """Every file of every artifact, and what does not belong there."""
-        folders = [path for kind in KINDS for path in sorted((self.store.root / kind).glob("*"))]
-        aside = [path for path in folders if ".damaged-" in path.name]
-        finished = [path for path in folders if path not in aside and (path / "manifest.json").is_file()]
+        folders = self._folders()
+        finished = [path for path in folders if ASIDE not in path.name and (path / "manifest.json").is_file()]
         sizes = {path: size_of(path) for path in finished}
         total, damaged = sum(sizes.values()), 0
         progress = Progress(total // MEGABYTE, "verify", unit="MB") if total > LARGE_STORE else None
@@ -163,12 +163,15 @@ class Doctor:
         if not damaged:
             yield Check("store", "ok", f"{len(finished)} artifacts, {as_size(total)}, every file as it was written")
         for path in folders:
-            if path not in aside and path not in sizes:
+            if ASIDE not in path.name and path not in sizes:
                 what = "is not finished: its deletion was interrupted, `ullme gc --delete` ends it" if path.is_dir() else ""
                 yield Check("store", "warning", f"{_short(path)} {what or 'does not belong there; move it away'}")
-        if aside:
+        if aside := [path for path in self._folders() if ASIDE in path.name]:  # also what was only now
             size = as_size(sum(size_of(path) for path in aside))
             yield Check("store", "warning", f"{len(aside)} damaged, set aside, {size}; `ullme gc --delete` removes them")
+
+    def _folders(self) -> list[Path]:
+        return [path for kind in KINDS for path in sorted((self.store.root / kind).glob("*"))]
 
     def _error_of(self, path: Path) -> str:
         """What is wrong with an artifact, or empty."""

@@ -186,7 +186,8 @@ def remove(store: Store, entry: Entry) -> bool:
             return False
         if path.parent.name == "work" and not path.name.endswith(DELETED):
             deleted = path.with_name(path.name + DELETED)
-            shutil.rmtree(deleted, ignore_errors=True)
+            if deleted.exists():
+                shutil.rmtree(deleted)
             path = path.rename(deleted)
         (path / MANIFEST).unlink(missing_ok=True)
         sync(path)

@@ -32,9 +32,10 @@ class LimitsConfig(Section):
     """One number for every stage, or one per stage by its name; null: no limit."""
 
     timeout_s: PerStage = None
-    """Longest time that a stage may take."""
+    """Longest time that a stage may take; it begins with the stage, where several share a process."""
     memory_gb: PerStage = None
-    """Most memory that a stage's processes may hold together, in 10^9 bytes; files mapped into memory do not count."""
+    """Most memory that a stage's processes may hold together, in 10^9 bytes, looked at four times a second. Files mapped into
+    memory do not count."""
     disk_reserve_gb: float | None = Field(default=None, ge=0)
     """Space that stays free on the store's disk, in 10^9 bytes; null: a hundredth of the disk, at most 1."""
     retries: int = Field(default=1, ge=0)

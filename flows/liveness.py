@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -29,6 +30,7 @@ from ullme.errors import UllmeError
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
+    from rich.console import Console
 
 __all__ = [
     "TRAINING_LIMIT",
@@ -41,6 +43,7 @@ __all__ = [
     "clear",
     "findings",
     "one_training",
+    "outlive_readers",
     "require_limit",
     "worker_name",
 ]
@@ -75,6 +78,25 @@ def alive(store: Path) -> Iterator[None]:
         logger.warning("what dead runs left behind was not cleared: %s", error)
     with locks.held(record, path):
         yield
+
+
+def outlive_readers() -> None:
+    """Go on where nobody reads any more what this run prints: a worker that was killed leaves a broken pipe behind.
+
+    Without this the next line to be printed would end the run (rich, which prints for Prefect, exits there).
+    """
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for handler in {handler for logger in loggers for handler in getattr(logger, "handlers", ())}:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.console.on_broken_pipe = partial(_to_nobody, handler.console)
+
+
+def _to_nobody(console: Console) -> None:
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nobody, console.file.fileno())
+    os.close(nobody)
 
 
 @contextlib.contextmanager
@@ -207,14 +229,17 @@ class OrphanedServer:
 
     def clear(self) -> str:
         """End it: politely, then for certain."""
-        with contextlib.suppress(psutil.NoSuchProcess):
+        try:
             process = psutil.Process(self.pid)
-            if process.create_time() == self.created:
-                process.terminate()
-                try:
-                    process.wait(5)
-                except psutil.TimeoutExpired:
-                    process.kill()
+            if process.create_time() != self.created:
+                return ""
+            process.terminate()
+            try:
+                process.wait(5)
+            except psutil.TimeoutExpired:
+                process.kill()
+        except psutil.NoSuchProcess:
+            return ""
         return f"cleared: {self}"
 
 

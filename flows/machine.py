@@ -88,8 +88,9 @@ class Loading:
 
     def end(self) -> None:
         """Stop, if it has not ended."""
-        self._process.kill()
-        self._process.communicate()
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
 
 def required() -> list[Requirement]:

@@ -29,7 +29,7 @@ def register() -> None:
         from prefect.cli._app import _app
 
         if "run" not in _app:
-            _app.command("flows.cli:prefect_run", name="run", help="Run a pipeline of ullme: train-and-index.")
+            _app.command("flows.cli:prefect_run", name="run", help="Run a pipeline of ullme: train-and-index, refresh, mine, ...")
     except Exception as error:
         import logging
 

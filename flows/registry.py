@@ -15,12 +15,13 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.retriever import Release
+from flows.runs import every
 from flows.tracking import TrackingConfig, connect, quiet
 from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ArtifactError
@@ -83,13 +84,12 @@ class Registry:
     def versions(self) -> list[Version]:
         """Every version of the name that this project made, newest first."""
         aliases = self._aliases()
-        found = self._client.search_model_versions(f"name='{self.name}'")
-        ours = [self._version(version, aliases) for version in found if "release" in version.tags]
+        ours = [self._version(version, aliases) for version in self._versions() if "release" in version.tags]
         return sorted(ours, key=lambda version: -version.number)
 
     def names(self) -> list[str]:
         """Every name that the registry has."""
-        return [model.name for model in self._client.search_registered_models()]
+        return [model.name for model in every(lambda token: self._client.search_registered_models(page_token=token))]
 
     def named(self, name: str) -> Registry:
         """The same registry, under another name."""
@@ -113,8 +113,7 @@ class Registry:
 
     def find(self, release: Release) -> Version | None:
         """The version that releases this model with this index and data, or None."""
-        found = self._client.search_model_versions(f"name='{self.name}'")
-        same = [version for version in found if release.digests.items() <= version.tags.items()]
+        same = [version for version in self._versions() if release.digests.items() <= version.tags.items()]
         return self._version(min(same, key=lambda version: int(version.version)), self._aliases()) if same else None
 
     def register(self, release: Release, *, run_id: str | None) -> Version:
@@ -178,6 +177,11 @@ class Registry:
     def reinstate(self, version: Version) -> None:
         """Take the mark of `withdraw` away."""
         self._client.delete_model_version_tag(self.name, str(version.number), "withdrawn")
+
+    def _versions(self) -> Iterator[Any]:
+        """What MLflow has under the name."""
+        which = f"name='{self.name}'"
+        return every(lambda token: self._client.search_model_versions(which, page_token=token))
 
     def _tag(self, version: Version, name: str, value: str) -> None:
         self._client.set_model_version_tag(self.name, str(version.number), name, value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.tracking import HOST, STORE, TrackingConfig, connect
 
-__all__ = ["PastRun", "Runs"]
+__all__ = ["PastRun", "Runs", "every"]
 
 PAGE = 500
 PARENT = "mlflow.parentRunId"
@@ -48,7 +48,7 @@ class Runs:
         holds: whether the store has, or had, an artifact `kind/key`.
         """
         found: list[PastRun] = []
-        for experiment in self._client.search_experiments():
+        for experiment in self._experiments():
             mine: dict[str, None] = {}
             for run in self._pages(experiment.experiment_id, "tags.artifact != ''"):
                 parent = run.data.tags.get(PARENT)
@@ -62,7 +62,7 @@ class Runs:
     def unfinished(self, store: Path) -> list[PastRun]:
         """Pipelines of this machine on a store that MLflow takes for running, and stages that it takes for running after them."""
         found = []
-        for experiment in self._client.search_experiments():
+        for experiment in self._experiments():
             for run in self._pages(experiment.experiment_id, "attributes.status = 'RUNNING'"):
                 parent = self._client.get_run(run.data.tags[PARENT]) if PARENT in run.data.tags else run
                 ended = parent is not run and parent.info.status != "RUNNING"
@@ -84,14 +84,23 @@ class Runs:
         stages = self._pages(experiment, f"tags.`{PARENT}` = '{run_id}' and tags.artifact != ''")
         return PastRun(run_id, info.run_name, info.start_time / 1000, sorted({run.data.tags["artifact"] for run in stages}))
 
+    def _experiments(self) -> Iterator[Any]:
+        return every(lambda token: self._client.search_experiments(max_results=PAGE, page_token=token))
+
     def _pages(self, experiment: str, which: str) -> Iterator[Any]:
         """Runs of an experiment, newest first."""
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [experiment], which, max_results=PAGE, order_by=["attributes.start_time DESC"], page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+        order = ["attributes.start_time DESC"]
+        return every(
+            lambda token: self._client.search_runs([experiment], which, max_results=PAGE, order_by=order, page_token=token)
+        )
+
+
+def every(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """All that a search of MLflow finds, page by page. search: called with the token of the page, None for the first."""
+    token = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return

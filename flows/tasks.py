@@ -20,7 +20,7 @@ from prefect.runtime import flow_run
 from flows.child import run_stages
 from flows.config import RunConfig
 from flows.limits import LimitsConfig
-from flows.liveness import alive, alone, one_training
+from flows.liveness import alive, alone, one_training, outlive_readers
 from flows.locks import OWN_LINE
 from flows.pipeline import Model, Pipeline, Planned, names
 from flows.promotion import Promotion, promote
@@ -111,6 +111,7 @@ def producing(config: RunConfig, *, model: Model = "trained", until: str = "prom
         ArtifactError: the champion's model is asked for, and there is none.
     """
     started = time.monotonic()
+    outlive_readers()
     with alive(config.store), alone(config.store):
         config = config.resolved()
         champion = Registry.at(config.tracking, config.store).usable_champion()

@@ -25,7 +25,7 @@ PORT = "4200"
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().splitlines()]
 SAYS = {
     "ullme run train-and-index --config configs/smoke.yaml": "ullme-smoke version 1",
-    "ullme history --config configs/smoke.yaml": "champion",
+    "ullme history": "newest first",
     "ullme search": "answers",
     "prefect deploy --all": "weekly-train-and-index",
     "prefect deployment run": "Completed",
@@ -38,9 +38,12 @@ SAYS = {
 """What a command must have printed, by its beginning."""
 
 
+Place = tuple[Path, dict[str, str], list[subprocess.Popen[bytes]]]
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A copy of what is committed, an environment of its own, and a port that is free."""
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A copy of what is committed, an environment of its own with a port that is free, and what runs in the background."""
     folder = tmp_path / "ullme"
     for name in ("configs", "flows", "ullme", "indexes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,13 +63,16 @@ def place(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
         "COLUMNS": "200",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    yield folder, env
+    started: list[subprocess.Popen[bytes]] = []
+    yield folder, env, started
     for process in psutil.process_iter():
         try:
             if process.environ().get("PREFECT_HOME") == env["PREFECT_HOME"]:
                 process.kill()
         except (psutil.Error, OSError):
             continue
+    for background_process in started:
+        background_process.wait()
 
 
 def adapted(command: str, port: str) -> str:
@@ -76,16 +82,16 @@ def adapted(command: str, port: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_command_of_the_page_runs(place: tuple[Path, dict[str, str]]) -> None:
-    folder, env = place
+def test_every_command_of_the_page_runs(place: Place) -> None:
+    folder, env, started = place
     assert len(COMMANDS) >= 20
     for command in COMMANDS:
         if command.endswith("&"):
             with (folder / "background.log").open("wb") as log:
-                subprocess.Popen(
-                    command.removesuffix("&").split(), cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                )
+                words = command.removesuffix("&").split()
+                started.append(subprocess.Popen(words, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
             time.sleep(8)
+            assert started[-1].poll() is None, f"$ {command}\n{background(folder)}"
             continue
         if command.startswith("pkill"):
             continue  # it would end other people's workers too; the fixture ends this one

@@ -9,6 +9,7 @@ The one before is deleted only then, so two lie side by side for a moment.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -53,13 +54,21 @@ class Checkpoints:
         self.folder, self.identity = folder, identity
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one, then delete those before it."""
+        """Write one, then delete those before it.
+
+        Raises:
+            OSError: it cannot be written; those before it are still there.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         partial, final = self.folder / "checkpoint.partial", self.folder / f"checkpoint-{checkpoint.done}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_file(checkpoint.tensors, partial / STATE)
+        try:
+            save_file(checkpoint.tensors, partial / STATE)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error), str(partial / STATE)) from error  # it does not say which file
         sync(partial / STATE)
         position = {"done": checkpoint.done, "identity": self.identity, "loss": checkpoint.loss}
         write_atomic(partial / POSITION, json.dumps({**position, "sha256": sha256_file(partial / STATE)}))
@@ -91,7 +100,7 @@ def training_space(section: TrainConfig, inputs: Inputs) -> int:
     """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
-    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)
     if section.adapter is None:
         adapter, trained = 0, len(tensors)
         checkpoint = ADAM_COPIES * weights

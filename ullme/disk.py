@@ -72,9 +72,10 @@ class Disk:
         return False
 
     def full(self, error: Exception, work: Path) -> LimitExceeded:
-        """The one line about it. Most libraries do not say in which file: it is the one of `work` that was written last."""
+        """The one line about it. Most libraries do not say in which file; then it names what was written last to `work`."""
         files = sorted((file for file in work.rglob("*") if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
-        named = getattr(error, "filename", None) or (files[-1] if files else work)
+        last = f" (written last: {files[-1].relative_to(work)})" if files else ""
+        named = getattr(error, "filename", None) or f"{work}{last}"
         reason = next((words for words in FULL_WORDS if words in str(error)), FULL_WORDS[0])
         return LimitExceeded(
             f"{named}: {reason}; make room (`ullme gc` says what can go) and run again: it goes on from what is finished"

@@ -127,7 +127,7 @@ def space(section: EncodeConfig, inputs: Inputs) -> int:  # noqa: ARG001 - the s
     return int(data.get("searchable", 0)) * (2 * int(model.get("dim", 0)) + ROW_BYTES)
 
 
-ENCODE = Stage("encode", "embeddings", 2, encode)
+ENCODE = Stage("encode", "embeddings", 2, encode, space)
 
 
 @dataclass

@@ -46,9 +46,11 @@ def doctor_command(
         settings = load(config, set_ or ())
         store, tracking = settings.store, settings.tracking
     rows: list[dict[str, Any]] = []
+    mendable = 0
     for check in Doctor(store, tracking, settings).checks():
         mended = _mended(check) if fix else ""
         rows.append({"check": check.name, "state": check.state, "said": check.said, "fixed": mended})
+        mendable += check.mend is not None
         if not as_json:
             _print(check.state, check.name, check.said)
             if mended:
@@ -57,7 +59,7 @@ def doctor_command(
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     open_ = [row for row in rows if row["state"] == "problem" and not row["fixed"]]
     if not as_json:
-        print(_summary(rows, len(open_)))
+        print(_summary(rows, len(open_)) + (f"; --fix mends {mendable}" if mendable and not fix else ""))
     return 1 if open_ else 0
 
 

@@ -102,7 +102,8 @@ def _show(rows: list[dict[str, Any]], name: str, metric: str) -> None:
         print(line)
         notes = [f"champion {_minute(reign['at'])}: {reign['why']}" for reign in reversed(row["crowned"])]
         if row["withdrawn"]:
-            notes.insert(0, f"withdrawn {row['withdrawn']}")
+            when, _, why = row["withdrawn"].partition(": ")
+            notes.insert(0, f"withdrawn {_minute(when)}: {why}")
         if row["gone"]:
             notes.append(f"gone: {', '.join(row[part] for part in row['gone'])}")
         for note in notes:

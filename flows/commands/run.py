@@ -93,16 +93,15 @@ def _run(
     refresh_global_settings_context()
     _log_plainly()
     found = _flow_result(verb, config, model)
-    if "nothing_new" in found:
-        print(found["nothing_new"])
-        return 0
     found["seconds"] = round(time.monotonic() - started, 1)
     from rich.console import Console
 
     from flows.report import show, show_stages
 
     console = Console(width=None if sys.stdout.isatty() else 132)
-    if "released" in found:
+    if "nothing_new" in found:
+        print(found["nothing_new"])
+    elif "released" in found:
         show(found, console, search=_search_options(file, overrides))
     else:
         show_stages(found, console)

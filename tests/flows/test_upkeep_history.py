@@ -182,7 +182,7 @@ def test_a_version_that_cannot_be_opened_is_refused_and_nothing_changes(
     scene.promote(first, tuned=GOOD, base=BASE)
     scene.promote(scene.release(index="graph"), tuned=GOOD)
     before = scene.registry.versions()
-    file = next(file for file in sorted(getattr(first, part).path.iterdir()) if file.name != "manifest.json")
+    file = max(getattr(first, part).path.iterdir(), key=lambda file: 0 if file.is_dir() else file.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
     assert ullme(scene, "rollback") == 1
     captured = capsys.readouterr()
@@ -259,7 +259,7 @@ def test_a_crowning_that_is_killed_leaves_one_of_the_two_and_is_finished_later(
     assert killed(scene, monkeypatch, calls, "rollback", "--to", "2")
     if calls < 2:
         assert champion(scene.registry) == 1
-        assert version(scene, 2).crowned == () or version(scene, 2).crowned == []
+        assert list(version(scene, 2).crowned) == []
     else:
         assert champion(scene.registry) == 2
         assert len(version(scene, 2).crowned) == 1

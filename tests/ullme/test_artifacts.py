@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
 from ullme.components import Section
-from ullme.errors import ArtifactError
+from ullme.errors import ArtifactError, LimitExceeded
 
 
 class Runtime(Section):
@@ -246,3 +247,72 @@ def test_no_pickle_anywhere_in_the_source() -> None:
         if word in path.read_text(encoding="utf-8")
     ]
     assert found == []
+
+
+# Disk
+
+
+def weighed(count: int | None) -> Stage:
+    return Stage("write", "words", 1, write, lambda section, inputs: count)
+
+
+def test_a_stage_that_does_not_fit_is_refused_with_the_numbers_and_nothing_is_begun(tmp_path: Path) -> None:
+    store = Store(tmp_path, reserve_bytes=10**6)
+    with pytest.raises(LimitExceeded) as caught:
+        store.produce(weighed(10**17), Words(), {}, seed=0)
+    said = r"write writes up to 100,000,000 GB, but \S+ has [\d.,]+ [GM]B free, of which 1\.0 MB stay in reserve \(limits\.disk_"
+    assert re.match(said, str(caught.value))
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_finished_artifact_needs_no_space(tmp_path: Path) -> None:
+    ref = made(Store(tmp_path))
+    assert Store(tmp_path, reserve_bytes=10**17).produce(weighed(10**17), Words(), {}, seed=0) == ref
+
+
+@pytest.mark.parametrize("needed", [None, 0])
+def test_the_reserve_is_kept_also_where_nobody_can_tell_what_is_needed(needed: int | None, tmp_path: Path) -> None:
+    with pytest.raises(LimitExceeded, match="nobody can tell how much" if needed is None else r"up to 0\.0 kB"):
+        Store(tmp_path, reserve_bytes=10**17).produce(weighed(needed), Words(), {}, seed=0)
+
+
+def test_space_follows_from_the_manifests_of_the_inputs(store: Store) -> None:
+    ref = made(store, "twelve bytes")
+    stage = Stage("again", "words", 1, write, lambda section, inputs: sum(inputs.sizes("before").values()))
+    found = store.space(stage, Words(), {"before": ref})
+    assert found == sum((ref.path / name).stat().st_size for name in ("words.txt", "logs/time.txt"))
+    assert store.space(WRITE, Words(), {}) is None
+
+
+# What a crash or a power cut leaves
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    before: list[list[str]] = []
+    plain_sync, plain_rename = os.fsync, os.rename
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        plain_sync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        before.append(list(synced))
+        synced.clear()
+        plain_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    made(store)
+    assert set(before[0]) == {"words.txt", "time.txt", "logs", "manifest.json.partial", "artifact", store.root.name}
+    assert before[0].index("manifest.json.partial") > before[0].index("logs")
+    assert synced == ["words"]  # the folder that holds the name
+
+
+def test_what_a_crash_right_after_the_commit_left_is_cleaned_up(store: Store) -> None:
+    ref = made(store)
+    left = store.root / "work" / f"words-{ref.path.name}" / "scratch"
+    left.mkdir(parents=True)
+    (left / "state").write_text("no longer needed")
+    assert made(store) == ref
+    assert not list((store.root / "work").iterdir())

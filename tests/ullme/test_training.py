@@ -442,13 +442,18 @@ def test_every_field_is_among_those_tried() -> None:
     assert set(TrainConfig.model_fields) == {"phases", "adapter", "start_from", "runtime"}
 
 
-def test_seed_and_adapter_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+def test_seed_adapter_and_start_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     store = Store(tmp_path)
     keys = {
         store.key(TRAIN, section, refs, seed=seed)
-        for section, seed in ((BASE, 1), (BASE, 2), (BASE.model_copy(update={"adapter": None}), 1))
+        for section, seed in (
+            (BASE, 1),
+            (BASE, 2),
+            (BASE.model_copy(update={"adapter": None}), 1),
+            (BASE.model_copy(update={"start_from": "champion"}), 1),
+        )
     }
-    assert len(keys) == 3
+    assert len(keys) == 4
     other = TrainConfig.model_validate({**BASE.model_dump(), "runtime": {"chunk_tokens": 50, "checkpoint_every": 1}})
     assert store.key(TRAIN, other, refs, seed=1) == store.key(TRAIN, BASE, refs, seed=1)
 
