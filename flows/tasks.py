@@ -65,9 +65,8 @@ def release(made: dict[str, Any], reports: dict[str, str], tracking: dict[str, A
     try:
         registry = Registry.at(config, Path(tracking["store"]))
     except ConfigError as error:  # it answered when the run began
-        raise StageFailed(
-            "promote", 1, (), message=f"{error}; everything that was made is in the store: bring it back and run the same command"
-        ) from error
+        what = f"{error}; everything that was made is in the store: bring it back and run the same command"
+        raise StageFailed("promote", 1, (), cause="MlflowException", message=what) from error
     promotion = promote(
         registry,
         Release.model_validate(made),

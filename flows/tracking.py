@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import socket
 import threading
 import time
@@ -315,6 +316,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what mlflow adds below."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error says, without what mlflow and urllib3 put around it."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    reason = re.search(r"\[Errno -?\d+\] [\w ]+", line)
+    return reason[0] if reason else line

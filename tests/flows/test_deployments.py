@@ -65,7 +65,10 @@ def test_a_deployment_runs_where_it_was_deployed_from_by_the_name_of_its_module(
     ("change", "said"),
     [
         (5, "field 'config'. Failure reason: 5 is not valid"),
-        ({"training": {"phases": [{"objective": {"kind": "contrastive"}, "steps": "many"}]}}, "phases[0].steps'. Failure reason: 'many'"),
+        (
+            {"training": {"phases": [{"objective": {"kind": "contrastive"}, "steps": "many"}]}},
+            "phases[0].steps'. Failure reason: 'many'",
+        ),
         ({"index": {"kind": "flatt"}}, "field 'config.index'. Failure reason: {'kind': 'flatt'}"),
         ({"colour": 1}, "'colour' was unexpected"),
     ],

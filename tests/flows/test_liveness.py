@@ -16,7 +16,7 @@ import pytest
 from prefect_stack import BIN, PrefectStack, until
 
 from flows import liveness, locks
-from flows.liveness import HeldSlot, OrphanedServer, clear, findings
+from flows.liveness import DeadRun, HeldSlot, OrphanedServer, clear, findings
 from flows.locks import Record
 from ullme.errors import UllmeError
 
@@ -235,8 +235,10 @@ def test_a_server_that_does_not_answer_is_one_line() -> None:
 
 
 @pytest.mark.slow
-def test_killed_with_its_worker_a_run_blocks_nothing_once_the_worker_is_back(stack: PrefectStack) -> None:
-    stack.start_worker()
+def test_killed_with_its_worker_a_run_blocks_nothing_once_the_worker_is_back_and_without_it_it_goes_on(
+    here: PrefectStack,
+) -> None:
+    stack = here.start_worker()
     first = stack.trigger(WEEKLY)
     trains(stack, first)
     engine, stage = stack.engine(first), stack.stage(first)
@@ -253,13 +255,21 @@ def test_killed_with_its_worker_a_run_blocks_nothing_once_the_worker_is_back(sta
     assert any(line.startswith("cleared: train-and-index") for line in stack.lines(second))
     assert stack.run(first)["state"]["name"] == "Crashed"
 
-    # the worker alone: the flow ends itself, and the new worker starts no second one beside it
+    # the worker alone: the run goes on, and the new worker starts no second one beside it
     engine = stack.engine(second)
     stack.kill_worker()
     stack.start_worker()
-    assert stack.wait(second)["state"]["name"] == "Crashed"
-    until(lambda: not engine.is_running(), timeout=20)
-    assert [run["state"]["name"] for run in stack.runs(WEEKLY)] == ["Crashed", "Crashed"]
+    time.sleep(5)
+    assert stack.stage(second).is_running()
+    assert [run["state"]["name"] for run in stack.runs(WEEKLY)] == ["Crashed", "Running"]
+    assert findings() == []
+
+    # then the run, which no worker watches any more
+    engine.kill()
+    found = until(findings, timeout=10)
+    assert [finding.record.run_id for finding in found if isinstance(finding, DeadRun)] == [second]
+    assert len(clear(found)) == 1
+    assert stack.run(second)["state"]["name"] == "Crashed"
     stack.stop_worker()
 
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from flows import tracking
 from flows.tracking import Tracker, TrackingConfig, connect
@@ -130,3 +132,41 @@ def test_the_history_of_an_artifact_is_recorded_once(tmp_path: Path, monkeypatch
     assert len(client.get_metric_history(made.run_id, "loss")) == 2
     assert client.get_metric_history(again.run_id, "loss") == []
     assert client.get_run(again.run_id).data.tags["reused"] == "true"
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_goes_away_in_the_middle_keeps_everything_and_is_released_by_the_next(
+    server: Server, tmp_path: Path, plain_config: Mapping[str, Any]
+) -> None:
+    training = {**plain_config["training"], "phases": [{**plain_config["training"]["phases"][0], "steps": 60}]}
+    config = {**plain_config, "training": training, "store": str(tmp_path / "store"), "tracking": {"uri": server.uri}}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "flows", "train-and-index", "--config", str(file)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "COV_"))}
+    env = {**kept, "PREFECT_HOME": str(tmp_path / "prefect"), "OMP_WAIT_POLICY": "PASSIVE", "NO_COLOR": "1"}
+
+    log = tmp_path / "first.log"
+    with log.open("w") as handle:
+        run = subprocess.Popen(command, env=env, stdout=handle, stderr=subprocess.STDOUT, cwd=tmp_path)
+        deadline = time.monotonic() + 180
+        while "train: step 2/" not in log.read_text() and run.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+        server.kill()
+        assert run.wait(300) == 1
+    told = log.read_text()
+    assert "Traceback" not in told
+    away = [line for line in told.splitlines() if "MLflow does not answer" in line]
+    assert len(away) == 1, told[-3000:]
+    assert "the run goes on" in away[0]
+    last = told.strip().splitlines()[-1]
+    assert "stage promote failed: tracking.uri" in last, told[-3000:]
+    assert "bring it back and run the same command" in last
+
+    server.start()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "released: ullme version 1" in done.stdout
+    stages = [line.split() for line in done.stdout.splitlines() if " reused " in line or " ran " in line]
+    assert [words[0] for words in stages if "ran" in words and words[0] != "plan:"] == ["promote"], done.stdout[-3000:]
