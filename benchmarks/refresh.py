@@ -161,21 +161,26 @@ class Bench:
             raise SystemExit(f"{verb} ended with {finished.returncode}:\n{finished.stdout[-3000:]}{finished.stderr[-3000:]}")
         return {**json.loads(summary.read_text(encoding="utf-8")), "wall_s": round(time.monotonic() - started, 1)}
 
-    def found(self, version: int, sought: Sequence[Function]) -> dict[str, int]:
-        """Of the functions sought by their own text: how many the released version holds, and finds."""
+    def found(self, version: int, sought: Sequence[Function], texts_of: int) -> dict[str, int]:
+        """Of the functions sought, by the vectors of their own texts: how many the version holds, and finds.
+
+        texts_of: a version that has them in its data.
+        """
         from flows.registry import Registry
         from flows.retriever import Retriever
         from flows.tracking import TrackingConfig
+        from ullme.data import Dataset
 
         registry = Registry.at(TrackingConfig(model_name="refresh"), self.folder / "store")
-        retriever = Retriever.open(next(one for one in registry.versions() if one.number == version).release)
-        answers = retriever.search([function.text for function in sought], 10)
-        pairs = list(zip(sought, answers, strict=True))
+        releases = {one.number: one.release for one in registry.versions()}
+        retriever, data = Retriever.open(releases[version]), Dataset.open(releases[texts_of].data.path)
+        vectors = retriever.encoder.encode([data.document(one.id).content for one in sought], prompt="document")
+        rows = retriever.index.search(vectors, 1).rows[:, 0]
+        ids = retriever.index.ids
         return {
             "sought": len(sought),
-            "held": len({function.id for function in sought} & set(retriever.index.ids)),
-            "found_first": sum(function.id == hits[0].id for function, hits in pairs),
-            "found_in_ten": sum(function.id in {hit.id for hit in hits} for function, hits in pairs),
+            "held": len({function.id for function in sought} & set(ids)),
+            "found_first": sum(ids[row] == function.id for row, function in zip(rows, sought, strict=True)),
         }
 
 
@@ -209,10 +214,10 @@ def measure(bench: Bench) -> dict[str, Any]:
             "why": refreshed["released"]["why"],
         },
         "start_up": {"texts_encoded": empty["texts_encoded"], "wall_s": empty["wall_s"]},
-        "deleted_now": bench.found(second, change.deleted),
-        "deleted_in_the_former_version": bench.found(first, change.deleted),
-        "added_now": bench.found(second, change.added),
-        "edited_now": bench.found(second, change.edited),
+        "deleted_now": bench.found(second, change.deleted, first),
+        "deleted_in_the_former_version": bench.found(first, change.deleted, first),
+        "added_now": bench.found(second, change.added, second),
+        "edited_now": bench.found(second, change.edited, second),
     }
 
 

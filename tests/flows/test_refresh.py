@@ -36,9 +36,10 @@ def test_of_1500_functions_only_the_25_that_are_new_or_changed_are_encoded(tmp_p
     assert list(refreshed["stages"]) == ["data", "encode tuned", "index", "evaluate tuned", "promote"]
     assert refreshed["released"]["champion"], refreshed["released"]["why"]
     before, now = full["released"]["version"], refreshed["released"]["version"]
-    assert bench.found(now, change.deleted) == {"sought": 5, "held": 0, "found_first": 0, "found_in_ten": 0}
-    assert bench.found(before, change.deleted)["held"] == 5
-    assert (bench.found(now, change.added)["held"], bench.found(now, change.edited)["held"]) == (10, 15)
+    assert bench.found(now, change.deleted, before) == {"sought": 5, "held": 0, "found_first": 0}
+    assert bench.found(before, change.deleted, before) == {"sought": 5, "held": 5, "found_first": 5}
+    assert bench.found(now, change.added, now) == {"sought": 10, "held": 10, "found_first": 10}
+    assert bench.found(now, change.edited, now) == {"sought": 15, "held": 15, "found_first": 15}
     again = bench.run("refresh")
     assert "nothing new" in again["nothing_new"]
     assert again["seconds"] < 20
