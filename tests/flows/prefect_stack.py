@@ -61,7 +61,9 @@ class PrefectStack:
             **QUICK,
             **(settings or {}),
         }
-        self.client = httpx.Client(base_url=self.env["PREFECT_API_URL"], timeout=30)
+        self.client = httpx.Client(
+            base_url=self.env["PREFECT_API_URL"], timeout=90
+        )  # while its database is busy the server answers after a minute
         self.server: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
 
@@ -190,6 +192,11 @@ class PrefectStack:
             return run if {run["state"]["type"], run["state"]["name"]} & set(states or FINAL) else None
 
         return until(reached, timeout=timeout, message=lambda: f"{self.run(run_id)['state']}\n{self.log('worker')[-3000:]}")
+
+    def states(self, run_id: str) -> list[str]:
+        """Names of the states that a run went through, in order."""
+        states = self.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
+        return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
 
     def lines(self, run_id: str) -> list[str]:
         """What the run wrote to its page."""
