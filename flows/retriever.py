@@ -127,7 +127,7 @@ class Retriever:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Float32[Q D] of query texts, unit norm."""
-        return self.encoder.encode(texts, prompt="query")
+        return self.encoder.encode(texts, prompt="query", dataset=self._dataset.name)
 
     def search(self, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
         """The k best documents of each text, best first; fewer where the corpus has fewer.

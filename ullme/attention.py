@@ -1,96 +1,344 @@
-"""Causal <-> bidirectional attention of one set of weights, per call, and the test that it really happened.
+"""Causal <-> bidirectional attention of one set of weights, per call, and the proof that it really happened.
 
-transformers >= 5.2 takes `is_causal=False` in every forward call of a decoder, so no modelling file is copied. A layer
-that quietly stays causal would only cost quality, so `check_bidirectional` proves the switch layer by layer at load: it
-changes a layer's input at the last position and looks for a change at the first.
+transformers >= 5.2 takes `is_causal=False` in a forward call of a decoder, so no modelling file is copied. `hidden_states` asks
+for a mode in a way that every family obeys. A layer that quietly stays causal would only cost quality, so `check_bidirectional`
+proves the switch layer by layer, at load: it measures which positions of its own input each layer's output depends on.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ullme.errors import ConfigError
+from ullme.reach import reach
 
-__all__ = ["check_bidirectional", "decoder_layers", "trunk"]
+__all__ = [
+    "AttentionReport",
+    "LayerAttention",
+    "SlidingWindow",
+    "check_bidirectional",
+    "decoder_layers",
+    "hidden_states",
+    "is_encoder",
+    "layer_reach",
+    "trunk",
+]
+
+SlidingWindow = Literal["symmetric", "full"]
+"""What a sliding-window layer sees when bidirectional: |i - j| < window, or everything."""
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """What a family of models needs beyond `is_causal` in the call and in the configuration."""
+
+    explicit_mask: bool = False
+    """A bidirectional call must bring a mask also where nothing is padded."""
+    positions_after_padding: bool = False
+    """Positions are always given, and start after the padding row of the position table."""
+
+
+QUIRKS = {
+    # Their layers drop the call's is_causal; without a mask sdpa then asks the attention module, which says causal.
+    "nemotron": Quirk(explicit_mask=True),
+    "stablelm": Quirk(explicit_mask=True),
+    # Its trunk converts the mask without looking whether there is one.
+    "mpt": Quirk(explicit_mask=True),
+    # As in fairseq, positions start at padding_idx + 1, and by themselves skip tokens that look like padding.
+    "camembert": Quirk(positions_after_padding=True),
+    "data2vec-text": Quirk(positions_after_padding=True),
+    "mpnet": Quirk(positions_after_padding=True),
+    "roberta": Quirk(positions_after_padding=True),
+    "roberta-prelayernorm": Quirk(positions_after_padding=True),
+    "xlm-roberta": Quirk(positions_after_padding=True),
+    "xlm-roberta-xl": Quirk(positions_after_padding=True),
+}
 
 
 def trunk(model: nn.Module) -> nn.Module:
-    """The decoder below the LM head, adapters included."""
+    """The transformer below the LM head (all of an encoder model), adapters included."""
     outer: Any = model
     inner = outer.get_base_model() if hasattr(model, "get_base_model") else outer  # a PEFT wrapper
-    return getattr(inner, inner.base_model_prefix)
+    below = inner.base_model if inner.base_model is not inner else inner.get_decoder()
+    return below if below.get_output_embeddings() is None else below.model  # llama4's causal LM is its own base model
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The stacked decoder layers, lowest first: the longest ModuleList of the trunk."""
+    """The stacked layers, lowest first: the outermost ModuleList as long as the configuration says, else the longest."""
     lists = [module for module in trunk(model).modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    depth = _text_config(model).num_hidden_layers
+    exact = [layers for layers in lists if len(layers) == depth]
+    return list(exact[0] if exact else max(lists, key=len)) if lists else []
 
 
-@torch.no_grad()
-def leaks(model: nn.Module, *, is_causal: bool, tokens: int = 8) -> list[bool]:
-    """Per decoder layer: does a change of its input at the last position move its output at the first?
-
-    Each layer is fed what it received in a real forward pass, so masks and positions are those the model made.
-    """
-    seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append((module, args, dict(kwargs))), with_kwargs=True)
-        for layer in decoder_layers(model)
-    ]
-    was_training = model.training
-    model.eval()  # until the end: dropout would look like a leak
-    try:
-        device = next(model.parameters()).device
-        ids = torch.arange(2, 2 + tokens, device=device).unsqueeze(0)
-        trunk(model)(input_ids=ids, is_causal=is_causal, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    result = []
-    for layer, args, kwargs in seen:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        noise = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden)
-        changed = hidden.clone()
-        changed[:, -1] += 10 * hidden.abs().mean().clamp_min(1e-3) * noise
-        outputs = []
-        for value in (hidden, changed):
-            call = (value, *args[1:]) if args else ()
-            named = kwargs if args else {**kwargs, "hidden_states": value}
-            output = layer(*call, **named)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
-        first, second = (output[:, 0].float() for output in outputs)
-        result.append(bool((first - second).abs().max() > 1e-6 * first.abs().max()))
-    model.train(was_training)
-    return result
+def is_encoder(model: nn.Module) -> bool:
+    """True for a model that is bidirectional by itself (BERT, ModernBERT ...) and cannot be asked to be causal."""
+    config = _text_config(model)
+    masked_lm = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return masked_lm or getattr(config, "use_bidirectional_attention", None) in (True, "all")  # the second: EmbeddingGemma
 
 
-def check_bidirectional(model: PreTrainedModel | nn.Module) -> None:
-    """Refuse a model that stays causal when asked not to be, or leaks when it should be causal.
+def _text_config(model: nn.Module) -> Any:
+    config: Any = trunk(model).config
+    return config.get_text_config()
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Int[Tensor, "B S"],
+    attention_mask: Bool[Tensor, "B S"],
+    *,
+    is_causal: bool,
+    sliding_window: SlidingWindow = "symmetric",
+) -> Float[Tensor, "B S D"]:
+    """Last hidden states of the trunk, adapters included; padding may stand on either side and changes no real token's state.
+
+    What a layer needs to know of the mode travels in its arguments, so recomputation under gradient checkpointing, after this
+    call has returned, sees the same mode. States at padding have no meaning.
 
     Raises:
-        ConfigError: names the layers.
+        ConfigError: an encoder model was asked to be causal, or flash attention for full attention in windowed layers.
     """
-    both = leaks(model, is_causal=False)
-    one_way = leaks(model, is_causal=True)
-    name = type(trunk(model)).__name__
-    stuck = [index for index, leak in enumerate(both) if not leak]
-    if stuck or not both:
+    inner: Any = trunk(model)
+    encoder = is_encoder(model)
+    if encoder and is_causal:
         raise ConfigError(
-            f"backbone.attention: {name}: layers {stuck or 'unknown'} stay causal under is_causal=False, so 'bidirectional' would "
-            "be a lie; use another attn_implementation, or attention: causal with pooling: last"
+            f"backbone.attention: {type(inner).__name__} is an encoder and always bidirectional; set attention: bidirectional"
         )
-    open_layers = [index for index, leak in enumerate(one_way) if leak]
-    if open_layers:
-        raise ConfigError(
-            f"backbone.attention: {name}: layers {open_layers} see later tokens in causal mode; generation would be wrong"
-        )
+    arguments = _arguments(inner, attention_mask, is_causal=is_causal, encoder=encoder)
+    if encoder:
+        return inner(input_ids=input_ids, **arguments).last_hidden_state
+    with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=input_ids.shape[1]):
+        return inner(input_ids=input_ids, **arguments).last_hidden_state
+
+
+def _arguments(inner: Any, attention_mask: Tensor, *, is_causal: bool, encoder: bool) -> dict[str, Any]:
+    """What goes into the trunk's forward beside the tokens."""
+    config = inner.config.get_text_config()
+    quirk = QUIRKS.get(config.model_type, Quirk())
+    accepted = inspect.signature(inner.forward).parameters
+    mask = expand_mask(attention_mask)
+    arguments: dict[str, Any] = {}
+    if "position_ids" in accepted and (mask is not None or quirk.positions_after_padding):
+        first = inner.embeddings.padding_idx + 1 if quirk.positions_after_padding else 0
+        arguments["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0) + first
+    if mask is None and quirk.explicit_mask and not is_causal:
+        mask = _everything_visible(inner, attention_mask)
+    if not encoder:  # an encoder's sdpa would take is_causal=True at its word
+        arguments |= {"is_causal": is_causal, "use_cache": False}
+    return arguments | {"attention_mask": mask}
+
+
+def _everything_visible(inner: Any, attention_mask: Tensor) -> Tensor | None:
+    """A mask [1 1 S S] that hides nothing, as the attention implementation takes it; others make their own."""
+    implementation = inner.config.get_text_config()._attn_implementation
+    shape = (1, 1, attention_mask.shape[1], attention_mask.shape[1])
+    if implementation == "sdpa":
+        return torch.ones(shape, dtype=torch.bool, device=attention_mask.device)
+    return torch.zeros(shape, dtype=inner.dtype, device=attention_mask.device) if implementation == "eager" else None
+
+
+@contextmanager
+def _mode(inner: Any, *, is_causal: bool, sliding_window: SlidingWindow, tokens: int) -> Iterator[None]:
+    """The configuration that the trunk makes its masks from, as long as the block lasts.
+
+    bloom and falcon ask only the configuration for `is_causal`. transformers' bidirectional window is |i - j| <= window where
+    its causal one is i - j < window: one less makes both the same.
+    """
+    config = inner.config.get_text_config()
+    changes: dict[str, Any] = {"is_causal": is_causal}
+    window = getattr(config, "sliding_window", None)
+    if window and not is_causal:
+        if sliding_window == "full" and "flash" in config._attn_implementation:
+            raise ConfigError(
+                f"backbone.sliding_window: {config._attn_implementation} keeps the window of its layers; set sliding_window: "
+                "symmetric, or attn_implementation: sdpa or eager"
+            )
+        changes["sliding_window"] = window - 1 if sliding_window == "symmetric" else max(window, tokens + 1)
+    before = {name: getattr(config, name) for name in changes if hasattr(config, name)}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name in changes:
+            if name in before:
+                setattr(config, name, before[name])
+            else:
+                delattr(config, name)
 
 
 def expand_mask(mask: Tensor) -> Tensor | None:
     """The attention mask to hand to a model, or None when nothing is padded (the faster kernel)."""
     return None if bool(mask.all()) else mask.long()
+
+
+# The proof
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer was seen to do when asked for bidirectional attention."""
+
+    index: int
+    kind: str
+    """The configuration's word for it: full_attention, sliding_attention, linear_attention, conv, hybrid ..."""
+    window: int | None
+    """Tokens that a sliding layer sees to either side, itself included; None: all."""
+    bidirectional: bool
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """The layers of a model, lowest first."""
+
+    name: str
+    layers: tuple[LayerAttention, ...]
+
+    @property
+    def causal_layers(self) -> list[int]:
+        """Indices of the layers that stay causal."""
+        return [layer.index for layer in self.layers if not layer.bidirectional]
+
+    def __str__(self) -> str:
+        kinds = sorted({layer.kind for layer in self.layers if not layer.bidirectional})
+        stay = f", layers {self.causal_layers} ({', '.join(kinds)}) stay causal" if kinds else ""
+        return f"{self.name}: {len(self.layers) - len(self.causal_layers)} of {len(self.layers)} layers are bidirectional{stay}"
+
+
+STAYS_CAUSAL = {
+    "linear_attention": "linear attention or state space: causal by construction",
+    "conv": "convolution: causal by construction",
+    "chunked_attention": "transformers makes the masks of chunked attention causal",
+}
+"""Kinds of layers that have no other way, and why."""
+
+
+def check_bidirectional(
+    model: nn.Module, *, where_possible: bool = False, sliding_window: SlidingWindow = "symmetric"
+) -> AttentionReport:
+    """Prove the switch on these weights, with and without padding; the model is left as it was.
+
+    where_possible: accept layers that have no other way (linear attention, convolution), as long as others are bidirectional.
+
+    Raises:
+        ConfigError: layers stay causal when asked not to be, see later tokens in causal mode, or see padding.
+    """
+    name, encoder = type(trunk(model)).__name__, is_encoder(model)
+    try:
+        with _undisturbed(model):
+            later, padding = _seen(model, is_causal=False, sliding_window=sliding_window)
+            forbidden, padding_causal = ([], []) if encoder else _seen(model, is_causal=True, sliding_window=sliding_window)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # modelling code that knows no other mode
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"backbone.attention: {name} does not run in the self-test ({reason}); use another attn_implementation, or "
+            "attention: causal with pooling: last"
+        ) from error
+    report = AttentionReport(
+        name, tuple(LayerAttention(i, *_kind(model, i, sliding_window), bool(seen)) for i, seen in enumerate(later))
+    )
+    problem = _problem(report, where_possible=where_possible)
+    leaks = [index for index, seen in enumerate(forbidden) if seen]
+    if leaks:
+        problem = f"layers {leaks} see later tokens in causal mode; generation would be wrong"
+    unmasked = sorted({index for seen in (padding, padding_causal) for index, leak in enumerate(seen) if leak})
+    if unmasked:
+        problem = f"layers {unmasked} see padding, so an embedding would depend on its batch; use another attn_implementation"
+    if problem:
+        raise ConfigError(f"backbone.attention: {name}: {problem}")
+    return report
+
+
+def _problem(report: AttentionReport, *, where_possible: bool) -> str:
+    """Why this is not bidirectional attention and what to do, or nothing."""
+    stuck = [layer for layer in report.layers if not layer.bidirectional]
+    unexplained = [layer.index for layer in stuck if layer.kind not in STAYS_CAUSAL]
+    instead = "attention: causal with pooling: last"
+    if not report.layers:
+        return f"no layers were found, so nothing can be proven; use {instead}"
+    if unexplained:
+        return (
+            f"layers {unexplained} stay causal under is_causal=False, so 'bidirectional' would be a lie; use another "
+            f"attn_implementation, or {instead}"
+        )
+    mixed = len(stuck) < len(report.layers)
+    if not stuck or (where_possible and mixed):
+        return ""
+    reasons = ", ".join(sorted({STAYS_CAUSAL[layer.kind] for layer in stuck}))
+    choice = f"attention: bidirectional_where_possible, or {instead}" if mixed else instead
+    return f"layers {report.causal_layers} stay causal ({reasons}); use {choice}"
+
+
+def _kind(model: nn.Module, index: int, sliding_window: SlidingWindow) -> tuple[str, int | None]:
+    """The configuration's word for a layer, and its window."""
+    config = _text_config(model)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    kind = types[index] if types else "sliding_attention" if window else "full_attention"
+    return kind, window if "sliding" in kind and sliding_window == "symmetric" else None
+
+
+def _seen(model: nn.Module, *, is_causal: bool, sliding_window: SlidingWindow) -> tuple[list[bool], list[bool]]:
+    """Per layer: whether it saw a later token in every probe, and whether it saw padding in any.
+
+    Two probes, which take different paths through a model: nothing padded (no mask at all), and padding on both sides.
+    In causal mode a later token counts when seen in any.
+    """
+    full = torch.ones(1, PROBE_TOKENS, dtype=torch.bool)
+    padded = torch.ones(2, PROBE_TOKENS, dtype=torch.bool)
+    padded[0, :2] = padded[1, -2:] = False
+    position = PROBE_TOKENS // 2 - 1
+    later, padding = [], []
+    for mask in (full, padded):
+        seen = layer_reach(model, mask, position=position, is_causal=is_causal, sliding_window=sliding_window)
+        real = [(layer & mask)[:, position + 1 :].any(1) for layer in seen]
+        later.append([bool(rows.any() if is_causal else rows.all()) for rows in real])
+        padding.append([bool((layer & ~mask).any()) for layer in seen])
+    decide = any if is_causal else all
+    return [decide(probes) for probes in zip(*later, strict=True)], [any(probes) for probes in zip(*padding, strict=True)]
+
+
+def layer_reach(
+    model: nn.Module,
+    attention_mask: Bool[Tensor, "B S"],
+    *,
+    position: int,
+    is_causal: bool,
+    sliding_window: SlidingWindow = "symmetric",
+) -> list[Bool[Tensor, "B S"]]:
+    """Per layer: True where the layer's input moves its output at `position`. Call it in evaluation mode."""
+    device = next(model.parameters()).device
+    rows, tokens = attention_mask.shape
+    ids = torch.arange(3, 3 + tokens, device=device).expand(rows, tokens)
+    mask = attention_mask.to(device)
+
+    def forward() -> None:
+        hidden_states(model, ids, mask, is_causal=is_causal, sliding_window=sliding_window)
+
+    return reach(decoder_layers(model), forward, position=position)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while (dropout would look like a leak); modes and random state are as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -23,15 +23,17 @@ from pydantic import Field
 from ullme.artifacts import Draft, Inputs, Stage, sha256_file
 from ullme.components import Section
 from ullme.errors import ArtifactError, ConfigError
+from ullme.prompts import PromptConfig
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ullme.encoder import Encoder
+
 __all__ = [
     "BACKBONE",
     "BackboneConfig",
-    "PromptConfig",
     "StoredTensor",
     "load_causal_lm",
     "prepare_backbone",
@@ -42,34 +44,42 @@ logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16"]
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
-PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max"]
+PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max", "latent_attention"]
 TINY_PARAMETERS = {"llama": 90_560}  # other families bring sizes of their own
 TOKENIZER_GROWTH = 3  # a tokenizer as JSON, against the same in a GGUF file
 SETTINGS_BYTES = 10_000
 HEADER_BYTES = 256  # per tensor
 
 
-class PromptConfig(Section):
-    """What is written before a text, by role. It is attended to but left out of the pooling."""
+class LatentConfig(Section):
+    """The trained table of latent attention pooling (NV-Embed, arXiv 2405.17428)."""
 
-    query: str = "Query:\n"
-    document: str = ""
+    count: int = Field(default=512, ge=1)
+    heads: int = Field(default=8, ge=1)
 
 
 class BackboneConfig(Section):
     """The LLM, and how it becomes an embedder."""
 
     model: str
-    """Hub id, local path, `pkg:NAME/FILE` or `tiny:FAMILY`."""
+    """Hub id, local path, `pkg:NAME/FILE` or `tiny:FAMILY`; an LLM, or an encoder such as BERT."""
     revision: str | None = None
     """Commit of the hub repository. An unpinned model warns."""
     dtype: DType = "auto"
     """Weights and matrix products; `auto` is bfloat16 where the machine multiplies it natively."""
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """Of the embedding mode; generation is always causal."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["bidirectional", "bidirectional_where_possible", "causal"] = "bidirectional"
+    """Of the embedding mode; generation is always causal. `where_possible` accepts layers that can only look back."""
+    sliding_window: Literal["symmetric", "full"] = "symmetric"
+    """What sliding-window layers see when bidirectional: as far ahead as back, or everything."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """`auto` is sdpa on a GPU and eager on a CPU, where the backward of sdpa is the slower one at passage lengths."""
     pooling: PoolingKind = "mean"
+    latents: LatentConfig = LatentConfig()
+    """Of pooling: latent_attention."""
+    pool_prompt: bool = False
+    """The prompt's tokens are pooled like the text's."""
+    dim: int | None = Field(default=None, ge=1)
+    """Length of an embedding: its first `dim` numbers (Matryoshka, arXiv 2205.13147); null: the model's own."""
     max_tokens: int = Field(default=512, ge=8)
     """Longest text in tokens, prompt included; the text is truncated, never the prompt."""
     prompts: PromptConfig = PromptConfig()
@@ -109,10 +119,10 @@ def native_attention() -> Literal["sdpa", "eager"]:
 
 
 def package_file(spec: str) -> Path:
-    """The file that `pkg:NAME/FILE` means, without importing the package.
+    """The file or folder that `pkg:NAME/FILE` means, without importing the package.
 
     Raises:
-        ConfigError: package not installed, or without that file.
+        ConfigError: package not installed, or without it.
     """
     name, _, inside = spec.removeprefix("pkg:").partition("/")
     found = importlib.util.find_spec(name)
@@ -122,9 +132,12 @@ def package_file(spec: str) -> Path:
             "weights"
         )
     folder = Path(found.submodule_search_locations[0])
-    if not inside or not (folder / inside).is_file():
+    if not inside or not (folder / inside).exists():
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.gguf"))
-        raise ConfigError(f"backbone.model: package '{name}' has no file '{inside}'; it has {', '.join(files) or 'no .gguf file'}")
+        files += sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("config.json"))
+        raise ConfigError(
+            f"backbone.model: package '{name}' has no file or model folder '{inside}'; it has {', '.join(files) or 'none'}"
+        )
     return folder / inside
 
 
@@ -132,9 +145,7 @@ def _source_digest(config: BackboneConfig) -> str:
     spec = config.model
     if spec.startswith("tiny:"):
         return spec
-    if spec.startswith("pkg:"):
-        return sha256_file(package_file(spec))
-    path = Path(spec).expanduser()
+    path = package_file(spec) if spec.startswith("pkg:") else Path(spec).expanduser()
     if path.is_file():
         return sha256_file(path)
     if path.is_dir():
@@ -151,14 +162,46 @@ def _source_digest(config: BackboneConfig) -> str:
     return f"{spec}@{config.revision}"
 
 
+def fetch(spec: str, revision: str | None = None) -> Path | None:
+    """The folder that a model lies in, downloaded from the hub where it is not on this machine; None for what is no folder.
+
+    Raises:
+        ConfigError: no such folder, or the hub does not answer or does not have it.
+    """
+    if spec.startswith("tiny:") or spec.endswith(".gguf"):
+        return None
+    path = package_file(spec) if spec.startswith("pkg:") else Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if spec.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"no such model folder: {spec}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*(f"*{suffix}" for suffix in sorted(MODEL_FILES - {".bin"})), "*/*.safetensors", "*/*.json"]
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise _unreachable(spec, error) from error
+
+
+def _unreachable(spec: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"backbone.model: cannot load '{spec}' ({reason}); expected a hub id that is reachable or cached, a folder, "
+        "pkg:NAME/FILE or tiny:FAMILY"
+    )
+
+
 def load_causal_lm(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal LM and its tokenizer in `config.dtype`, wherever they come from.
+    """The LLM (or encoder) and its tokenizer in `config.dtype`, wherever they come from.
 
     Raises:
         ConfigError: what was named is not there or cannot be read; without network, a hub id says so in one line.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ullme.folder import auto_class
 
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     spec = config.model
@@ -175,13 +218,10 @@ def load_causal_lm(config: BackboneConfig) -> tuple[PreTrainedModel, PreTrainedT
     where = str(path) if path.is_dir() else spec
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.revision)
-        model = _with_attention(AutoModelForCausalLM.from_pretrained(where, revision=config.revision, dtype=dtype), config)
+        kind = auto_class(AutoConfig.from_pretrained(where, revision=config.revision))
+        model = _with_attention(kind.from_pretrained(where, revision=config.revision, dtype=dtype), config)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"backbone.model: cannot load '{spec}' ({reason}); expected a hub id that is reachable or cached, a folder, "
-            "pkg:NAME/FILE or tiny:FAMILY"
-        ) from error
+        raise _unreachable(spec, error) from error
     return model, tokenizer
 
 
@@ -219,30 +259,52 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def prepare_backbone(config: BackboneConfig, inputs: Inputs, draft: Draft) -> None:
-    """Stage: weights from wherever they are -> a model artifact, the untrained embedder."""
-    from ullme.encoder import Encoder, EncoderConfig
+def embedder(config: BackboneConfig) -> Encoder:
+    """The untrained LLM set up as an embedder, its attention proven. `config` must be resolved.
 
-    del inputs
-    draft.restart()
-    config = config.resolved()
+    Raises:
+        ConfigError: the model cannot be had, or cannot do what the configuration says.
+    """
+    from ullme.encoder import Encoder, EncoderConfig
+    from ullme.latent import LatentAttention
+
     model, tokenizer = load_causal_lm(config)
+    pooler = None
+    if config.pooling == "latent_attention":
+        width = int(model.config.get_text_config().hidden_size)
+        if width % config.latents.heads:
+            raise ConfigError(f"backbone.latents.heads: expected a divisor of the hidden size {width}, got {config.latents.heads}")
+        pooler = LatentAttention(width, config.latents.count, config.latents.heads)
     encoder = Encoder(
         model,
         tokenizer,
         EncoderConfig(
             attention=config.attention,
-            attn_implementation=config.attn_implementation,
+            sliding_window=config.sliding_window,
+            attn_implementation=str(model.config._attn_implementation),
             pooling=config.pooling,
+            pool_prompt=config.pool_prompt,
+            dim=config.dim,
             max_tokens=config.max_tokens,
             prompts=config.prompts,
             dtype="float32" if config.dtype == "float32" else "bfloat16",
             base=f"{config.model}@{config.revision or config.source_digest[:12]}",
         ),
+        pooler=pooler,
     )
     encoder.check_attention()
+    return encoder
+
+
+def prepare_backbone(config: BackboneConfig, inputs: Inputs, draft: Draft) -> None:
+    """Stage: weights from wherever they are -> a model artifact, the untrained embedder."""
+    del inputs
+    draft.restart()
+    config = config.resolved()
+    encoder = embedder(config)
     encoder.save(draft.path)
-    draft.meta = {"dim": encoder.dim, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(config.dtype)}
+    parameters = sum(weight.numel() for weight in encoder.model.parameters())
+    draft.meta = {"dim": encoder.dim, "parameters": parameters, "dtype": str(config.dtype)}
 
 
 @dataclass(frozen=True)

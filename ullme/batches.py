@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ullme.errors import ContractError
 
-__all__ = ["Batch", "TokenRow", "chunk_by_tokens", "collate"]
+__all__ = ["Batch", "TokenRow", "chunk_by_tokens", "chunk_end", "collate", "longest_first"]
 
 DENSE_SHARE = 0.7  # rows shorter than this share of a chunk's longest start a new one
 SMALL_CHUNK_TOKENS = 256  # below this a forward pass costs its fixed part, padded or not
@@ -22,8 +22,10 @@ SMALL_CHUNK_TOKENS = 256  # below this a forward pass costs its fixed part, padd
 class TokenRow:
     """One text as token ids; the first `prompt` of them are attended to but neither pooled nor scored."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | np.ndarray
     prompt: int = 0
+    lost: int = 0
+    """Tokens of the text that were cut off."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,8 +48,14 @@ class Batch:
         return self.attention_mask & ~self.prompt_mask
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.prompt_mask.to(device))
+        """The same batch on `device`. The way to a GPU does not wait for what runs there."""
+        return Batch(*(_moved(tensor, device) for tensor in (self.input_ids, self.attention_mask, self.prompt_mask)))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(rows: Sequence[TokenRow], *, pad_id: int, padding_side: str = "right") -> Batch:
@@ -56,21 +64,41 @@ def collate(rows: Sequence[TokenRow], *, pad_id: int, padding_side: str = "right
     Raises:
         ContractError: a row whose every token belongs to the prompt.
     """
-    for position, row in enumerate(rows):
-        if len(row.ids) <= row.prompt:
-            raise ContractError(
-                f"collate: row {position} has {len(row.ids)} tokens, all of them prompt; a text must add at least one token"
-            )
-    width = max(len(row) for row in rows)
+    lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int64, count=len(rows))
+    prompts = np.fromiter((row.prompt for row in rows), dtype=np.int64, count=len(rows))
+    empty = np.flatnonzero(lengths <= prompts)
+    if len(empty):
+        position = int(empty[0])
+        raise ContractError(
+            f"collate: row {position} has {lengths[position]} tokens, all of them prompt; a text must add at least one token"
+        )
+    width = int(lengths.max(initial=0))
+    start = (np.zeros_like(lengths) if padding_side == "right" else width - lengths)[:, None]
+    column = np.arange(width)
+    real = (column >= start) & (column < start + lengths[:, None])
+    prompt = (column >= start) & (column < start + prompts[:, None])
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    real = np.zeros((len(rows), width), dtype=bool)
-    prompt = np.zeros((len(rows), width), dtype=bool)
-    for position, row in enumerate(rows):
-        start = 0 if padding_side == "right" else width - len(row)
-        ids[position, start : start + len(row)] = row.ids
-        real[position, start : start + len(row)] = True
-        prompt[position, start : start + row.prompt] = True
+    if len(rows):
+        ids[real] = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])  # row by row, as `real` is read
     return Batch(torch.from_numpy(ids), torch.from_numpy(real), torch.from_numpy(prompt))
+
+
+def longest_first(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Positions in the order of falling length, equal ones as they came: Int64[n]."""
+    return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+
+
+def chunk_end(falling: np.ndarray, start: int, max_tokens: int, *, dense: bool = True) -> int:
+    """Where the chunk ends that begins at `start`, of lengths that fall: rows x longest <= max_tokens, at least one row.
+
+    dense: see `chunk_by_tokens`.
+    """
+    width = max(1, int(falling[start]))
+    end = min(len(falling), start + max(1, max_tokens // width))
+    if dense:
+        sparse = int(np.searchsorted(-falling, -DENSE_SHARE * width, side="right"))  # the first row that is much shorter
+        end = min(end, max(sparse, start + -(-SMALL_CHUNK_TOKENS // width)))
+    return end
 
 
 def chunk_by_tokens(lengths: Sequence[int], max_tokens: int, *, dense: bool = True) -> Iterator[list[int]]:
@@ -79,16 +107,10 @@ def chunk_by_tokens(lengths: Sequence[int], max_tokens: int, *, dense: bool = Tr
     `dense` also ends a chunk of some size where rows get much shorter than its longest: short queries are then not padded
     to the length of passages.
     """
-    chunk: list[int] = []
-    width = 0
-    for position in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        length = lengths[position]
-        sparse = dense and length < DENSE_SHARE * width and len(chunk) * width >= SMALL_CHUNK_TOKENS
-        if chunk and (sparse or width * (len(chunk) + 1) > max_tokens):
-            yield chunk
-            chunk = []
-        if not chunk:
-            width = length
-        chunk.append(position)
-    if chunk:
-        yield chunk
+    order = longest_first(lengths)
+    falling = np.asarray(lengths, dtype=np.int64)[order]
+    start = 0
+    while start < len(order):
+        end = chunk_end(falling, start, max_tokens, dense=dense)
+        yield order[start:end].tolist()
+        start = end

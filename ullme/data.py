@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = ["PREPARE", "DataConfig", "Dataset", "Document", "Example", "Query", "
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 50
+NAME_KEY = "data.name"  # in the metadata of queries.parquet
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=0.9)]
 
@@ -48,6 +49,7 @@ class DataConfig(Section):
     words): near-duplicates fall on one side, and a query that was once for testing stays so as data grows (`ullme.splits`).
     Caps keep the queries of lowest hash, so a smaller cap keeps a subset of a larger one, whatever the seed.
 
+    name: what the data set is called, where `backbone.prompts.datasets` has templates for it; empty = the kind of its source.
     held_out: what becomes a query where the source has none: titles and headings, a sentence a document, by default (auto)
     sentences where there are no titles, or nothing (`ullme.held_out`).
     source_digest: fingerprint of the source's contents, filled in by `resolved()`. Written into a configuration by hand,
@@ -55,6 +57,7 @@ class DataConfig(Section):
     """
 
     source: Annotated[Source, component("ullme.sources")]
+    name: str = ""
     on_bad_record: Literal["fail", "skip"] = "fail"
     held_out: HeldOut = "auto"
     dev_share: Share = 0.05
@@ -91,7 +94,7 @@ class Example:
     """A query with everything that training needs, ids beside texts.
 
     scores: the miner's score of each negative, in their order; None unless every negative has one.
-    instruction: as in `Query`.
+    instruction: as in `Query`. dataset: what the data set is called.
     """
 
     query_id: str
@@ -102,6 +105,7 @@ class Example:
     negatives: tuple[str, ...] = ()
     scores: tuple[float, ...] | None = None
     instruction: str = ""
+    dataset: str = ""
 
 
 def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa: ARG001 - the signature of every stage
@@ -124,7 +128,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
     documents = _documents(records.documents, queries, section.max_documents)
     kept = {document.id for document in documents}
     queries = [replace(query, negatives=tuple(doc for doc in query.negatives if doc in kept)) for query in queries]
-    _write(draft.path, documents, queries)
+    _write(draft.path, documents, queries, section.name or section.source.kind)
     draft.meta |= _counts(documents, queries) | dict(records.counts) | made
     draft.meta |= {"skipped": len(problems), "queries_on_two_sides": leaked}
     logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))
@@ -133,7 +137,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
             logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
 
 
-PREPARE = Stage("data", "data", 2, prepare)
+PREPARE = Stage("data", "data", 3, prepare)
 
 
 def check_records(records: Records) -> None:
@@ -237,7 +241,7 @@ def _counts(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str
     }
 
 
-def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query]) -> None:
+def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query], called: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -264,7 +268,8 @@ def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query]) 
         },
     }
     for name, columns in tables.items():
-        pq.write_table(pa.table(columns), path / f"{name}.parquet", compression="zstd")
+        table = pa.table(columns).replace_schema_metadata({NAME_KEY: called} if name == "queries" else None)
+        pq.write_table(table, path / f"{name}.parquet", compression="zstd")
 
 
 class Dataset:
@@ -286,6 +291,13 @@ class Dataset:
                 raise ArtifactError(f"{found}: expected a data artifact, but there is no {name}.parquet; run the data stage again")
         return cls(found)
 
+    @cached_property
+    def name(self) -> str:
+        """What the data set is called (`data.name`)."""
+        import pyarrow.parquet as pq
+
+        return (pq.read_schema(self.path / "queries.parquet").metadata or {}).get(NAME_KEY.encode(), b"").decode()
+
     def documents(self) -> list[Document]:
         """Every document, searchable or not."""
         return list(self._documents.values())
@@ -293,6 +305,20 @@ class Dataset:
     def corpus(self) -> list[Document]:
         """The documents that are indexed and evaluated."""
         return [document for document in self._documents.values() if document.searchable]
+
+    def stream_corpus(self) -> Iterator[Document]:
+        """What `corpus` has (id, text and title), read piece by piece and not kept."""
+        import pyarrow.parquet as pq
+
+        names = ["id", "text", "title", "searchable"]
+        with pq.ParquetFile(self.path / "documents.parquet", buffer_size=2**20) as file:  # without: a whole column at once
+            for batch in file.iter_batches(1024, columns=names):
+                rows = zip(*(column.to_pylist() for column in batch.select(names).columns), strict=True)
+                yield from (Document(*texts) for *texts, searchable in rows if searchable)
+
+    def count_corpus(self) -> int:
+        """Number of documents in `corpus`."""
+        return sum(self._table("documents", ["searchable"]).column("searchable").to_pylist())
 
     def training_documents(self) -> list[Document]:
         """The documents that training may see: where negatives are mined."""
@@ -306,10 +332,10 @@ class Dataset:
         """Queries of one split, each with its positives and the source's own negatives."""
         return [query for query in self._queries if query.split == split]
 
-    def _table(self, name: str) -> pa.Table:
+    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / f"{name}.parquet")
+        return pq.read_table(self.path / f"{name}.parquet", columns=columns)
 
     @cached_property
     def _documents(self) -> dict[str, Document]:
@@ -355,6 +381,7 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
                 negatives=tuple(data.document(doc).content for doc in scores),
                 scores=tuple(known) if known and len(known) == len(scores) else None,
                 instruction=query.instruction,
+                dataset=data.name,
             )
         )
     return examples

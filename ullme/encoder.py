@@ -1,34 +1,40 @@
 """One LLM, two modes: an embedder (bidirectional or causal attention, pooled, unit norm) and a causal language model.
 
-`Encoder.save` writes a sentence-transformers folder (modules.json, pooling, normalise, prompts) whose weights are those of
-the causal LM, plus `ullme.json`; `SentenceTransformer(folder)` loads it plainly and gives the same vectors.
+    encoder = Encoder.load("my-model")              a folder of ours, or of sentence-transformers, or any LLM (hub, .gguf, pkg:)
+    vectors = encoder.encode(["how do I ..."], prompt="query")
+
+`Encoder.save` writes a sentence-transformers folder (see `ullme.folder`); `SentenceTransformer(folder)` gives the same vectors.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import ValidationError
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ullme.attention import check_bidirectional, expand_mask, trunk
-from ullme.backbone import PoolingKind, PromptConfig
+from ullme import folder
+from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, hidden_states, is_encoder
+from ullme.backbone import PoolingKind
 from ullme.batches import Batch, TokenRow, chunk_by_tokens, collate
 from ullme.components import Section
 from ullme.errors import ArtifactError, ConfigError, ContractError
-from ullme.lora import speed_up
+from ullme.latent import LatentAttention
+from ullme.lora import activate, speed_up
 from ullme.losses import token_logprobs
 from ullme.pooling import pool
+from ullme.prompts import PromptConfig, Prompts, Role
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig
@@ -37,16 +43,21 @@ __all__ = ["Encoder", "EncoderConfig", "Role"]
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["query", "document"]
-SETTINGS = "ullme.json"
+AdapterName = Literal["embedding", "generation"]
+Pooler = LatentAttention | folder.ForeignPooling
 
 
 class EncoderConfig(Section):
     """How an LLM is used as an embedder; saved beside its weights."""
 
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    attention: Literal["bidirectional", "bidirectional_where_possible", "causal"] = "bidirectional"
+    sliding_window: SlidingWindow = "symmetric"
     attn_implementation: str = "sdpa"
     pooling: PoolingKind = "mean"
+    pool_prompt: bool = False
+    """The prompt's tokens are pooled like the text's."""
+    dim: int | None = Field(default=None, ge=1)
+    """Length of an embedding: its first `dim` numbers, at unit length again; null: all of them."""
     max_tokens: int = 512
     prompts: PromptConfig = PromptConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,13 +66,23 @@ class EncoderConfig(Section):
 
 
 class Encoder:
-    """A causal LM with its tokenizer, used in two modes. The one stateful noun of this package."""
+    """An LLM with its tokenizer, used in two modes. The one stateful noun of this package.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EncoderConfig) -> None:
+    pooler: trained or foreign modules that pool; None: the pure function that `config.pooling` names.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EncoderConfig, *, pooler: Pooler | None = None
+    ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.config = config
         self.model.eval()
+        if pooler is None and config.pooling == "latent_attention":
+            raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
+        self.pooler = pooler
+        if config.dim is not None and config.dim > self.width:
+            raise ConfigError(f"backbone.dim: expected at most {self.width}, the model's own length, got {config.dim}")
         tokenizer.truncation_side = "right"  # some tokenizers cut on the left, which would take the prompt away
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -69,34 +90,59 @@ class Encoder:
             raise ConfigError(
                 f"{config.base}: the tokenizer has neither a padding nor an end-of-text token; set one before loading"
             )
-        self._prompt_tokens = {role: self._check_prompt(role) for role in ("query", "document")}
+        self.prompts = Prompts(config.prompts, tokenizer, config.max_tokens)
+        if self.prompts.suffix and self.prompts.before("query") and not config.pool_prompt and config.pooling != "last":
+            raise ConfigError(
+                f"backbone.pooling: {config.pooling} with a prompt that is left out and a suffix: sentence-transformers, which "
+                "counts the suffix as prompt, would leave out the text's first tokens too; use pooling: last, or pool_prompt: true"
+            )
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto") -> Encoder:
-        """Open a folder that `save` wrote.
+    def load(cls, where: Path | str, *, device: str = "auto") -> Encoder:
+        """Open a model: a folder that `save` wrote, anybody's sentence-transformers folder, or an LLM.
+
+        where: a folder; or what `backbone.model` takes: a hub id (`owner/name`, `owner/name@commit`), `pkg:NAME/FILE`,
+        `tiny:FAMILY`, a .gguf file. A plain LLM gets the defaults of `BackboneConfig`: bidirectional attention, mean pooling.
 
         Raises:
-            ArtifactError: not such a folder, or damaged.
+            ArtifactError: a folder that is no model, or damaged. ConfigError: it cannot be had or used; says what to do.
         """
-        folder = Path(path)
-        settings = folder / SETTINGS
-        if not settings.is_file():
-            raise ArtifactError(f"{folder}: no {SETTINGS}; expected a model folder written by this project")
-        try:
-            config = EncoderConfig.model_validate_json(settings.read_text(encoding="utf-8"))
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
-            )
-        except (OSError, ValueError, ValidationError, SafetensorError) as error:
-            raise ArtifactError(f"{folder}: the model cannot be read ({str(error).splitlines()[0]})") from error
+        from ullme import backbone
+
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        return cls(model.to(chosen), tokenizer, config)
+        name, _, revision = str(where).partition("@")
+        path = Path(where) if Path(where).is_dir() else backbone.fetch(name, revision or None)
+        if path is None:
+            return backbone.embedder(backbone.BackboneConfig(model=name).resolved()).to(chosen)
+        if (path / folder.SETTINGS).is_file():
+            return folder.read(path, device=chosen)
+        if folder.is_sentence_folder(path):
+            return folder.read_foreign(path, device=chosen, dtype=backbone.native_dtype())
+        if (path / "config.json").is_file():
+            return backbone.embedder(backbone.BackboneConfig(model=str(path)).resolved()).to(chosen)
+        raise ArtifactError(
+            f"{path}: no {folder.SETTINGS}; expected a model folder written by this project, by sentence-transformers or by "
+            "transformers"
+        )
+
+    def to(self, device: str | torch.device) -> Encoder:
+        """Move the weights; returns itself."""
+        self.model.to(device)
+        if self.pooler is not None:
+            self.pooler.to(device)
+        return self
+
+    @property
+    def width(self) -> int:
+        """Length of what the pooling makes."""
+        if isinstance(self.pooler, folder.ForeignPooling):
+            return self.pooler.dim
+        return int(self.model.config.get_text_config().hidden_size)
 
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return self.config.dim or self.width
 
     @property
     def max_tokens(self) -> int:
@@ -108,62 +154,92 @@ class Encoder:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def check_attention(self) -> None:
-        """Prove the attention switch on these weights (see `ullme.attention`)."""
-        if self.config.attention == "bidirectional":
-            check_bidirectional(self.model)
+    def shortened(self, dim: int) -> Encoder:
+        """The same weights with embeddings of the first `dim` numbers (Matryoshka, arXiv 2205.13147)."""
+        config = self.config.model_copy(update={"dim": dim})
+        return Encoder(self.model, self.tokenizer, config, pooler=self.pooler)
+
+    def check_attention(self) -> AttentionReport | None:
+        """Prove the attention switch on these weights (see `ullme.attention`); None for causal attention, which needs no proof.
+
+        Raises:
+            ConfigError: names the layers that do not do what the configuration says.
+        """
+        settings = self.config
+        if settings.attention == "causal":
+            if is_encoder(self.model):
+                raise ConfigError(
+                    f"backbone.attention: {settings.base} is an encoder and always bidirectional; set attention: bidirectional"
+                )
+            return None
+        report = check_bidirectional(
+            self.model,
+            where_possible=settings.attention == "bidirectional_where_possible",
+            sliding_window=settings.sliding_window,
+        )
+        if report.causal_layers:
+            logger.warning("%s", report)
+        return report
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> weight of everything that learns: adapters or the whole LLM, and a pooling that has weights."""
+        found = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if isinstance(self.pooler, LatentAttention):
+            found |= {f"pooler.{name}": weight for name, weight in self.pooler.named_parameters()}
+        return found
 
     # Texts -> tokens
 
-    def tokenise(self, texts: Sequence[str], role: Role) -> list[TokenRow]:
-        """Prompt + text as token rows, the text cut at `max_tokens`; the prompt never is."""
-        prompt, prompt_tokens = getattr(self.config.prompts, role), self._prompt_tokens[role]
-        if not texts:
-            return []
-        encoded = self.tokenizer([prompt + text for text in texts], truncation=True, max_length=self.max_tokens)["input_ids"]
-        return [TokenRow(ids, prompt_tokens) for ids in encoded]
+    def tokenise(
+        self, texts: Sequence[str], role: Role, *, dataset: str = "", instructions: Sequence[str] | None = None
+    ) -> list[TokenRow]:
+        """Prompt + text + suffix as token rows, the text cut at `max_tokens` (see `ullme.prompts`)."""
+        return self.prompts.tokenise(texts, role, dataset=dataset, instructions=instructions)
 
     def collate(self, rows: Sequence[TokenRow]) -> Batch:
         """Pad token rows into a batch on the model's device."""
         pad_id: Any = self.tokenizer.pad_token_id
         return collate(rows, pad_id=pad_id).to(self.device)
 
-    def _check_prompt(self, role: str) -> int:
-        """Number of prompt tokens, after checking that they stay the same whatever text follows."""
-        prompt = getattr(self.config.prompts, role)
-        if not prompt:
-            return 0
-        alone = self.tokenizer(prompt)["input_ids"]
-        if alone and alone[-1] == self.tokenizer.eos_token_id and self.tokenizer("")["input_ids"]:
-            alone = alone[:-1]
-        for text in ("parse", "The", "1", "_x", "(a)"):
-            if self.tokenizer(prompt + text)["input_ids"][: len(alone)] != alone:
-                raise ConfigError(
-                    f"backbone.prompts.{role}: the tokenizer merges the end of {prompt!r} with the text that follows, so the "
-                    "prompt could not be left out of the pooling; end it with a newline or a colon, not with a space"
-                )
-        if len(alone) + 4 > self.max_tokens:
-            raise ConfigError(f"backbone.max_tokens is {self.max_tokens}, but the {role} prompt alone takes {len(alone)} tokens")
-        return len(alone)
-
     # Embedding mode
 
     def embed(self, batch: Batch) -> Float[Tensor, "B D"]:
         """Unit-norm embeddings in float32, with gradient if enabled. The LM head is not run."""
-        hidden = trunk(self.model)(
-            input_ids=batch.input_ids,
-            attention_mask=expand_mask(batch.attention_mask),
+        if len(self.adapters) > 1:
+            activate(self.model, "embedding")
+        hidden = hidden_states(
+            self.model,
+            batch.input_ids,
+            batch.attention_mask,
             is_causal=self.config.attention == "causal",
-            use_cache=False,
-        ).last_hidden_state
-        return pool(self.config.pooling, hidden, batch.pooled_mask, batch.attention_mask)
+            sliding_window=self.config.sliding_window,
+        )
+        counted = batch.attention_mask if self.config.pool_prompt else batch.pooled_mask
+        if self.pooler is not None:
+            pooled = self.pooler.pool(hidden, counted)
+        else:
+            pooled = pool(self.config.pooling, hidden, counted, batch.attention_mask)
+        return nn.functional.normalize(pooled[:, : self.dim], dim=-1)
 
-    def encode(self, texts: Sequence[str], *, prompt: Role = "query", batch_tokens: int = 16_384) -> np.ndarray:
-        """Texts -> float32 [N D], unit norm, in the order given."""
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: Role = "query",
+        dataset: str = "",
+        instructions: Sequence[str] | None = None,
+        batch_tokens: int = 16_384,
+    ) -> np.ndarray:
+        """Texts -> float32 [N D], unit norm, in the order given.
+
+        dataset: whose templates are taken, where the configuration has several; instructions: one per text, empty = the
+        configured one; batch_tokens: padded tokens per forward pass.
+        """
         if isinstance(texts, str):
             raise ContractError("encode: expected a list of texts, got one string; write encode([text])")
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        for positions, block in self.encode_rows(self.tokenise(texts, prompt), batch_tokens=batch_tokens):
+        rows = self.tokenise(texts, prompt, dataset=dataset, instructions=instructions)
+        for positions, block in self.encode_rows(rows, batch_tokens=batch_tokens):
             vectors[positions] = block
         return vectors
 
@@ -187,12 +263,13 @@ class Encoder:
         `batch.prompt_mask` marks the condition (question and template); its tokens are never scored. Only scored
         positions reach the LM head.
         """
-        hidden = trunk(self.model)(
-            input_ids=batch.input_ids, attention_mask=expand_mask(batch.attention_mask), is_causal=True, use_cache=False
-        ).last_hidden_state
+        head = self.head
+        if len(self.adapters) > 1:
+            activate(self.model, "generation")
+        hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
         scored = batch.pooled_mask[:, 1:]
         rows = scored.nonzero()[:, 0]
-        logprobs = token_logprobs(hidden[:, :-1][scored], self.head, batch.input_ids[:, 1:][scored])
+        logprobs = token_logprobs(hidden[:, :-1][scored], head, batch.input_ids[:, 1:][scored])
         sums = torch.zeros(len(scored), dtype=logprobs.dtype, device=logprobs.device).index_add(0, rows, logprobs)
         return sums, scored.sum(1)
 
@@ -203,33 +280,72 @@ class Encoder:
         unusual = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None)]
         if unusual:
             raise ConfigError(f"{self.config.base}: its logits use {unusual[0]}, which the generation terms do not apply yet")
-        return self.model.get_output_embeddings()
+        found = self.model.get_output_embeddings()
+        if found is None:
+            raise ConfigError(f"{self.config.base}: this model has no language-model head, so it cannot score or generate text")
+        return found
 
     # Adapters
 
-    def add_lora(self, config: LoraConfig) -> None:
-        """Start a new LoRA on every linear layer of the decoder (float32 weights, product with the trunk's dtype)."""
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-
-        self.model = get_peft_model(
-            self.model,
-            PeftLora(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
-                use_rslora=config.use_rslora,
-                use_dora=config.use_dora,
-                task_type="CAUSAL_LM",
-            ),
-        )
-        speed_up(self.model)
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are attached: `embedding`, and `generation` where language has one of its own."""
+        return list(getattr(self.model, "peft_config", {}))
 
     @property
     def has_adapter(self) -> bool:
-        """True while a LoRA is attached."""
-        return hasattr(self.model, "peft_config")
+        """True while an adapter is attached."""
+        return bool(self.adapters)
+
+    def add_lora(self, config: LoraConfig, name: AdapterName = "embedding") -> None:
+        """Start a new LoRA on every linear layer of the decoder (float32 weights, product with the trunk's dtype).
+
+        With an adapter for `generation` beside it, the one for `embedding` serves embeddings alone; each mode takes its own.
+        """
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model
+
+        settings = PeftLora(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            task_type="CAUSAL_LM" if self.model.get_output_embeddings() is not None else "FEATURE_EXTRACTION",
+        )
+        if self.has_adapter:
+            self.model.add_adapter(name, settings)
+        else:
+            self.model = get_peft_model(self.model, settings, adapter_name=name)
+        self._all_adapters_learn()
+
+    def save_adapter(self, path: Path, name: AdapterName | str = "embedding") -> None:
+        """Write one adapter as peft does, without the place that its base was loaded from."""
+        with TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as scratch:
+            self.model.save_pretrained(scratch, selected_adapters=[name])
+            shutil.copytree(Path(scratch) / name, path, dirs_exist_ok=True)
+        file = path / "adapter_config.json"
+        described = json.loads(file.read_text(encoding="utf-8"))
+        described["base_model_name_or_path"] = self.config.base
+        if isinstance(described["target_modules"], list):
+            described["target_modules"].sort()  # peft writes a set, in hash order
+        file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def read_adapter(self, path: Path, name: AdapterName | str = "embedding") -> None:
+        """Attach an adapter that `save_adapter` wrote."""
+        from peft import PeftModel
+
+        if self.has_adapter:
+            self.model.load_adapter(str(path), adapter_name=name, is_trainable=True)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name, is_trainable=True)
+        self._all_adapters_learn()
+
+    def _all_adapters_learn(self) -> None:
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_" in parameter_name)
+        speed_up(self.model)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
@@ -246,52 +362,12 @@ class Encoder:
             yield
 
     def merge_adapter(self) -> None:
-        """Fold the LoRA into the weights for good."""
+        """Fold the embedding adapter into the weights for good; one for generation is dropped, `save_adapter` keeps it."""
         if self.has_adapter:
-            self.model = self.model.merge_and_unload()
+            self.model = self.model.merge_and_unload(adapter_names=["embedding"])
 
     # Saving
 
-    def save(self, path: Path) -> None:
-        """Write a sentence-transformers folder. A LoRA must be merged first."""
-        if self.has_adapter:
-            raise ContractError("save: merge_adapter() first; the folder holds plain weights")
-        path.mkdir(parents=True, exist_ok=True)
-        config = self.model.config
-        config.is_causal = self.config.attention == "causal"  # what sentence-transformers and other readers go by
-        config.use_cache = True
-        self.model.save_pretrained(path)
-        self.tokenizer.model_max_length = self.max_tokens
-        self.tokenizer.save_pretrained(path)
-        modes = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls", "max": "max"}
-        package = "sentence_transformers"
-        modules = [
-            ("", f"{package}.base.modules.transformer.Transformer"),
-            ("1_Pooling", f"{package}.sentence_transformer.modules.pooling.Pooling"),
-            ("2_Normalize", f"{package}.base.modules.normalize.Normalize"),
-        ]
-        described: dict[str, Any] = {
-            "modules.json": [{"idx": i, "name": str(i), "path": where, "type": kind} for i, (where, kind) in enumerate(modules)],
-            "sentence_bert_config.json": {
-                "transformer_task": "feature-extraction",
-                "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-                "module_output_name": "token_embeddings",
-            },
-            "1_Pooling/config.json": {
-                "embedding_dimension": self.dim,
-                "pooling_mode": modes[self.config.pooling],
-                "include_prompt": False,
-            },
-            "2_Normalize/config.json": {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
-            "config_sentence_transformers.json": {
-                "model_type": "SentenceTransformer",
-                "prompts": self.config.prompts.model_dump(),
-                "default_prompt_name": None,
-                "similarity_fn_name": "cosine",
-            },
-            SETTINGS: self.config.model_dump(mode="json"),
-        }
-        for name, content in described.items():
-            file = path / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def save(self, path: Path | str) -> None:
+        """Write a sentence-transformers folder. Merged weights load anywhere; attached adapters are written apart."""
+        folder.write(self, Path(path))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["speed_up"]
+__all__ = ["activate", "plain_weights", "speed_up"]
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -41,11 +41,16 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def speed_up(model: nn.Module) -> int:
-    """Give every LoRA layer that is a plain linear without bias, dropout or DoRA the fused product; returns how many."""
+    """Give every LoRA layer that is a plain linear without bias, dropout or DoRA the fused product; returns how many.
+
+    Called again after an adapter was added.
+    """
     from peft.tuners.lora import Linear
 
     count = 0
     for layer in model.modules():
+        if isinstance(layer, Linear):
+            vars(layer).pop("forward", None)
         if isinstance(layer, Linear) and _is_plain(layer):
             layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
             count += 1
@@ -53,20 +58,35 @@ def speed_up(model: nn.Module) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    names = list(layer.lora_A)
     base = layer.base_layer
     return (
         type(base) is nn.Linear
         and base.bias is None
-        and len(names) == 1
-        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
-        and not layer.use_dora.get(names[0], False)
-        and not layer.lora_bias.get(names[0], False)
+        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+        and not any(layer.use_dora.values())
+        and not any(layer.lora_bias.values())
     )
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Make this adapter the one that is used. Unlike peft's own switch it leaves alone which weights learn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._active_adapter = [name]
+
+
+def plain_weights(model: Any) -> dict[str, Tensor]:
+    """The base model's own weights under their own names, while adapters are attached."""
+    found = model.get_base_model().state_dict()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items() if ".lora_" not in name}
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if self.disable_adapters or self.merged:
         return self.base_layer(x, *args, **kwargs)
     (name,) = self.active_adapters
+    if name not in self.lora_A:
+        return self.base_layer(x, *args, **kwargs)
     return _LoraProduct.apply(x, self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])

@@ -167,8 +167,16 @@ def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callab
         if missing:
             logger.info("mine: encoding %d documents of the pool", len(missing))
             texts = [data.document(name).content for name in missing]
-            documents[list(missing.values())] = encoder.encode(texts, prompt="document", batch_tokens=batch_tokens)
-        queries = encoder.encode([query.text for query in context.queries], prompt="query", batch_tokens=batch_tokens)
+            documents[list(missing.values())] = encoder.encode(
+                texts, prompt="document", dataset=data.name, batch_tokens=batch_tokens
+            )
+        queries = encoder.encode(
+            [query.text for query in context.queries],
+            prompt="query",
+            dataset=data.name,
+            instructions=[query.instruction for query in context.queries],
+            batch_tokens=batch_tokens,
+        )
         return VectorRanker(queries, documents)
 
     return vectors

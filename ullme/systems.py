@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ullme.artifacts import ArtifactRef, Inputs, Store, digest_of
-from ullme.data import Dataset
+from ullme.data import Dataset, Query
 from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
@@ -21,22 +21,24 @@ from ullme.neighbours import ExactSearcher, Neighbours, Searcher
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
 
-__all__ = ["EncodedSearcher", "LexicalSystem", "OpenIndex", "System", "TextSearcher", "VectorSystem"]
+__all__ = ["EncodedSearcher", "LexicalSystem", "OpenIndex", "QuerySearcher", "System", "VectorSystem"]
 
 OpenIndex = Callable[[Path, str], Searcher]
 """(index artifact, fingerprint of the model that will query it) -> its searcher."""
+Asked = tuple[str, str, str]
+"""What decides a query's vector: the name of its data set, its text, its own instruction."""
 
 
-class TextSearcher(Protocol):
-    """Finds documents for query texts."""
+class QuerySearcher(Protocol):
+    """Finds documents for queries."""
 
     @property
     def ids(self) -> Sequence[str]:
         """Document ids; `Neighbours.rows` are positions in it."""
         ...
 
-    def search(self, texts: Sequence[str], k: int) -> Neighbours:
-        """The k best documents of each text."""
+    def search(self, queries: Sequence[Query], k: int) -> Neighbours:
+        """The k best documents of each query."""
         ...
 
 
@@ -53,9 +55,25 @@ class System(Protocol):
         """Changes whenever the answers may."""
         ...
 
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
+    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """`exact`, and `index` where there is one, over the run's own corpus or over `other`, a data artifact."""
         ...
+
+
+class LexicalSearcher:
+    """BM25 of the queries' texts."""
+
+    def __init__(self, searcher: BM25Searcher) -> None:
+        self._searcher = searcher
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids in row order."""
+        return self._searcher.ids
+
+    def search(self, queries: Sequence[Query], k: int) -> Neighbours:
+        """The k best documents of each query."""
+        return self._searcher.search([query.text for query in queries], k)
 
 
 @dataclass(frozen=True)
@@ -72,29 +90,28 @@ class LexicalSystem:
         """Digest of the settings: the method itself has no weights."""
         return digest_of(["bm25", version("bm25s"), self.config.identity()])
 
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
+    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """`exact` only."""
         corpus = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data")).corpus()
-        return {"exact": BM25Searcher([doc.content for doc in corpus], [doc.id for doc in corpus], self.config)}
+        searcher = BM25Searcher([doc.content for doc in corpus], [doc.id for doc in corpus], self.config)
+        return {"exact": LexicalSearcher(searcher)}
 
 
 class EncodedSearcher:
-    """Query texts through an encoder, its vectors through a searcher. A text is encoded once: `known` holds what was."""
+    """Queries of one data set through an encoder, its vectors through a searcher."""
 
-    def __init__(self, encode: Callable[[Sequence[str]], np.ndarray], searcher: Searcher, known: dict[str, np.ndarray]) -> None:
-        self._encode, self._searcher, self._known = encode, searcher, known
+    def __init__(self, system: VectorSystem, searcher: Searcher, dataset: str) -> None:
+        self._system, self._searcher, self._dataset = system, searcher, dataset
 
     @property
     def ids(self) -> Sequence[str]:
         """Document ids in row order."""
         return self._searcher.ids
 
-    def search(self, texts: Sequence[str], k: int) -> Neighbours:
-        """The k best documents of each text."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known.update(zip(new, self._encode(new), strict=True))
-        return self._searcher.search(np.stack([self._known[text] for text in texts]), k)
+    def search(self, queries: Sequence[Query], k: int) -> Neighbours:
+        """The k best documents of each query."""
+        vectors = self._system.encode([(self._dataset, query.text, query.instruction) for query in queries])
+        return self._searcher.search(vectors, k)
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ class VectorSystem:
     open_index: OpenIndex | None
     batch_tokens: int
     name: str = "model"
-    _known: dict[str, np.ndarray] = field(default_factory=dict)
+    _known: dict[Asked, np.ndarray] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -123,10 +140,22 @@ class VectorSystem:
 
         return Encoder.load(self.inputs["model"])
 
-    def _encode(self, queries: Sequence[str]) -> np.ndarray:
-        return self.encoder.encode(queries, prompt="query", batch_tokens=self.batch_tokens)
+    def encode(self, asked: Sequence[Asked]) -> np.ndarray:
+        """Float32[Q D]. A query is encoded once, however many searchers and data sets it is asked in."""
+        new = [key for key in dict.fromkeys(asked) if key not in self._known]
+        for dataset in {key[0] for key in new}:
+            keys = [key for key in new if key[0] == dataset]
+            vectors = self.encoder.encode(
+                [text for _, text, _ in keys],
+                prompt="query",
+                dataset=dataset,
+                instructions=[said for _, _, said in keys],
+                batch_tokens=self.batch_tokens,
+            )
+            self._known.update(zip(keys, vectors, strict=True))
+        return np.stack([self._known[key] for key in asked])
 
-    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, TextSearcher]:
+    def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """Over the stored vectors; another corpus is encoded first (in shards that a crash does not lose)."""
         if other is None:
             path = self.inputs["embeddings"]
@@ -141,9 +170,10 @@ class VectorSystem:
                 f"{self.fingerprint[:12]}; encode the corpus with it first"
             )
         vectors = np.concatenate([block for _, block in stored.shards()])
-        found = {"exact": EncodedSearcher(self._encode, ExactSearcher(vectors, stored.ids), self._known)}
+        data = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data"))
+        found = {"exact": EncodedSearcher(self, ExactSearcher(vectors, stored.ids), data.name)}
         if other is None and "index" in self.inputs:
             if self.open_index is None:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
-            found["index"] = EncodedSearcher(self._encode, self.open_index(self.inputs["index"], self.fingerprint), self._known)
+            found["index"] = EncodedSearcher(self, self.open_index(self.inputs["index"], self.fingerprint), data.name)
         return found

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -182,15 +181,20 @@ class Sampler:
                 if identifier in column and column[identifier] != candidates[row, 0]:
                     known[row, column[identifier]] = True
         scored = self.scored(step) if self.phase.objective.uses_generation else []
-        settings = self.phase.generation
+        settings, dataset = self.phase.generation, self.examples[0].dataset
         tokenizer = encoder.tokenizer
         bodies = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)["input_ids"]
         scored = [row for row in scored if bodies[candidates[row, 0]]]  # a passage without a token has no probability
         prompts = [tokenizer(settings.template.format(query=drawn[row][0].query))["input_ids"] for row in scored]
         return TrainBatch(
             query_ids=[example.query_id for example, _, _ in drawn],
-            queries=encoder.tokenise([example.query for example, _, _ in drawn], "query"),
-            documents=encoder.tokenise(texts, "document"),
+            queries=encoder.tokenise(
+                [example.query for example, _, _ in drawn],
+                "query",
+                dataset=dataset,
+                instructions=[example.instruction for example, _, _ in drawn],
+            ),
+            documents=encoder.tokenise(texts, "document", dataset=dataset),
             candidates=candidates,
             known=known,
             scored=scored,
@@ -233,8 +237,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         loop.advance(sampler, phase, step)
     encoder.model.eval()
     if section.adapter is not None:
-        encoder.model.save_pretrained(draft.path / "adapter")
-        _forget_place(draft.path / "adapter", encoder.config.base)
+        encoder.save_adapter(draft.path / "adapter")
     encoder.merge_adapter()
     encoder.save(draft.path)
     write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
@@ -258,7 +261,7 @@ class Loop:
         import torch
 
         self._encoder, self._section, self._draft = encoder, section, draft
-        self._trainable = {name: p for name, p in encoder.model.named_parameters() if p.requires_grad}
+        self._trainable = encoder.trainable()
         for parameter in self._trainable.values():
             parameter.data = parameter.data.float() if section.adapter is not None else parameter.data
         self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -366,10 +369,12 @@ class Loop:
 def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime) -> dict[str, list[float]]:
     """Cosine of each example's query with its first positive and its first negatives: what a plot shows before and after."""
 
-    def encode(texts: Sequence[str], role: Role) -> np.ndarray:
-        return encoder.encode(texts, prompt=role, batch_tokens=runtime.chunk_tokens)
+    dataset, batch_tokens = examples[0].dataset, runtime.chunk_tokens
 
-    queries = encode([example.query for example in examples], "query")
+    def encode(texts: Sequence[str], role: Role, instructions: Sequence[str] | None = None) -> np.ndarray:
+        return encoder.encode(texts, prompt=role, dataset=dataset, instructions=instructions, batch_tokens=batch_tokens)
+
+    queries = encode([example.query for example in examples], "query", [example.instruction for example in examples])
     positives = encode([example.positives[0] for example in examples], "document")
     pairs = [(row, text) for row, example in enumerate(examples) for text in example.negatives[:1]]
     negatives = encode([text for _, text in pairs], "document")
@@ -377,14 +382,3 @@ def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime
         "positive": [float(value) for value in (queries * positives).sum(1)],
         "negative": [float(queries[row] @ vector) for (row, _), vector in zip(pairs, negatives, strict=True)],
     }
-
-
-def _forget_place(folder: Path, base: str) -> None:
-    """peft writes the folder that the base was loaded from, and sets in hash order; an artifact must depend on neither."""
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)

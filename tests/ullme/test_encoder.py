@@ -11,11 +11,11 @@ from toys import PROMPTS, WORDS, logprob_by_hand, tiny_encoder
 from transformers import PreTrainedTokenizerFast
 
 from ullme.attention import trunk
-from ullme.backbone import PromptConfig
 from ullme.batches import TokenRow, collate
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.pooling import POOLINGS
+from ullme.prompts import PromptConfig
 from ullme.tiny import byte_tokenizer, tiny_causal_lm
 from ullme.training import LoraConfig
 
@@ -211,9 +211,56 @@ def test_a_reference_without_an_adapter_is_refused() -> None:
         pass
 
 
-def test_saving_before_merging_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"merge_adapter\(\) first"):
-        tiny_encoder(lora=LORA).save(tmp_path)
+def test_each_mode_takes_its_own_adapter_and_only_its_own_has_a_gradient() -> None:
+    encoder = tiny_encoder(lora=LORA)
+    rows = encoder.tokenise(TEXTS, "query")
+    batch = encoder.collate(rows)
+    alone, scored = encoder.encode(TEXTS), encoder.sequence_logprobs(batch)[0]
+    with encoder.adapters_off():
+        base_scored = encoder.sequence_logprobs(batch)[0]
+    encoder.add_lora(LORA, "generation")
+    assert encoder.adapters == ["embedding", "generation"]
+    assert np.array_equal(encoder.encode(TEXTS), alone)
+    assert torch.equal(encoder.sequence_logprobs(batch)[0], base_scored)  # a fresh adapter changes nothing
+    assert not torch.equal(scored, base_scored)
+    for name, parameter in encoder.model.named_parameters():
+        if "lora_B.generation" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    assert np.array_equal(encoder.encode(TEXTS), alone)
+    assert not torch.equal(encoder.sequence_logprobs(batch)[0], base_scored)
+    for run, used in (
+        (lambda: encoder.embed(batch).sum(), "embedding"),
+        (lambda: encoder.sequence_logprobs(batch)[0].sum(), "generation"),
+    ):
+        run().backward()
+        moved = {
+            name.split(".")[-2] for name, weight in encoder.trainable().items() if weight.grad is not None and weight.grad.any()
+        }
+        assert moved == {used}
+        encoder.model.zero_grad()
+
+
+def test_merging_keeps_the_embedding_adapter_alone() -> None:
+    encoder = tiny_encoder(dtype=torch.float64, lora=LORA)
+    encoder.add_lora(LORA, "generation")
+    expected = encoder.encode(TEXTS)
+    encoder.merge_adapter()
+    assert encoder.adapters == []
+    assert np.abs(encoder.encode(TEXTS) - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_a_shorter_embedding_is_the_first_numbers_at_unit_length(dim: int) -> None:
+    encoder = tiny_encoder()
+    whole, short = encoder.encode(TEXTS), encoder.shortened(dim)
+    expected = whole[:, :dim] / np.linalg.norm(whole[:, :dim], axis=1, keepdims=True)
+    assert short.dim == dim
+    assert np.allclose(short.encode(TEXTS), expected, atol=1e-6)
+
+
+def test_a_longer_embedding_than_the_model_makes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.dim: expected at most 64, the model's own length, got 65"):
+        tiny_encoder(dim=65)
 
 
 # Saving

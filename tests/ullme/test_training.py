@@ -14,10 +14,11 @@ from toys import json_lines, tiny_encoder, toy_data
 
 from ullme import checkpoints, gradcache
 from ullme.artifacts import ArtifactRef, Store, sha256_file
-from ullme.backbone import BACKBONE, BackboneConfig, PromptConfig
+from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import Example, read_examples
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, DataError, NotFinite
+from ullme.prompts import PromptConfig
 from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, Sampler, TrainConfig
 
 PHASE: dict[str, Any] = {"objective": "contrastive", "steps": 3, "batch_size": 4, "num_negatives": 2, "learning_rate": 0.01}

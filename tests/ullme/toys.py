@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import torch
 
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
-from ullme.backbone import PromptConfig
 from ullme.batches import TokenRow
 from ullme.components import Section
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.gradcache import TrainBatch
+from ullme.prompts import PromptConfig
 from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 

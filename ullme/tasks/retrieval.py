@@ -17,7 +17,7 @@ from ullme.errors import ContractError, DataError
 from ullme.evaluation import Evaluation, Measured, Task
 from ullme.neighbours import MISSING_ROW
 from ullme.records import Split
-from ullme.systems import TextSearcher
+from ullme.systems import QuerySearcher
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTaskRetrieval
@@ -138,9 +138,9 @@ def _judged(queries: Sequence[Query], corpus: Sequence[Document], label: str) ->
     return kept, {query.id: qrels[query.id] for query in kept}
 
 
-def _search(searcher: TextSearcher, queries: Sequence[Query], top_k: int) -> Run:
+def _search(searcher: QuerySearcher, queries: Sequence[Query], top_k: int) -> Run:
     ids = [str(name) for name in searcher.ids]
-    found = searcher.search([query.text for query in queries], min(top_k, len(ids)))
+    found = searcher.search(queries, min(top_k, len(ids)))
     return {
         query.id: {ids[row]: float(score) for row, score in zip(rows, scores, strict=True) if row != MISSING_ROW}
         for query, rows, scores in zip(queries, found.rows, found.scores, strict=True)
