@@ -16,9 +16,11 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from flows.commands.doctor import doctor_command
+from flows.commands.encode import ENCODE_EXAMPLES, encode_command
 from flows.commands.gc import gc_command
 from flows.commands.history import history_command
 from flows.commands.options import complain
+from flows.commands.push import PUSH_EXAMPLES, push_command
 from flows.commands.rollback import rollback_command
 from flows.commands.run import STAGE_VERBS, refresh_command, stage_command, train_and_index_command
 from flows.commands.search import search_command
@@ -83,8 +85,10 @@ def _ullme_app() -> App:
     app = App(name="ullme", help="Turn your LLM and your documents into a search that gets better every night.")
     app.command(_run_app("run"), name="run")
     app.command(search_command, name="search")
+    app.command(encode_command, name="encode", help_epilogue=ENCODE_EXAMPLES, help_format="plaintext")
     app.command(history_command, name="history")
     app.command(rollback_command, name="rollback")
+    app.command(push_command, name="push", help_epilogue=PUSH_EXAMPLES, help_format="plaintext")
     app.command(gc_command, name="gc")
     app.command(doctor_command, name="doctor")
     app.command(setup_command, name="setup")

@@ -141,6 +141,18 @@ class Registry:
         )
         return Version(self.name, int(made.version), bare)
 
+    def run_name(self, version: Version) -> str:
+        """Name of the run that registered a version, or empty where none did or it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_model_version(self.name, str(version.number)).run_id
+            return self._client.get_run(run).info.run_name or "" if run else ""
+        except MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
+            return ""
+
     def challenge(self, version: Version) -> None:
         """Point the alias `challenger` at a version: the newest one that is not in use."""
         self._client.set_registered_model_alias(self.name, CHALLENGER, str(version.number))

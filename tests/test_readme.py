@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from flows.config import load
@@ -24,6 +26,19 @@ def test_the_yaml_for_your_own_corpus_is_a_valid_configuration(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["quickstart", "smoke", "reference"])
 def test_every_shipped_configuration_loads(name: str) -> None:
     assert load(ROOT / "configs" / f"{name}.yaml").training.phases
+
+
+def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from ullme import Encoder
+
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Encoder.load("tiny:llama", device="cpu").shortened(64).save("my-model")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert capsys.readouterr().out.startswith("[[")
+    assert (names["documents"].shape, names["codes"].shape, names["codes"].dtype) == ((2, 64), (2, 64), np.dtype("int8"))
+    assert np.array_equal(Encoder.load("my-embedder").encode(["parse JSON"]), names["queries"])
 
 
 def test_every_file_of_the_tree_exists() -> None:

@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from ullme.artifacts import ArtifactRef, Store
     from ullme.encoder import Encoder
     from ullme.errors import UllmeError
+    from ullme.precision import Calibration, dequantise, quantise, truncate
 
-__all__ = ["ArtifactRef", "Encoder", "Store", "UllmeError"]
+__all__ = ["ArtifactRef", "Calibration", "Encoder", "Store", "UllmeError", "dequantise", "quantise", "truncate"]
 
-_HOMES = {"ArtifactRef": "artifacts", "Encoder": "encoder", "Store": "artifacts", "UllmeError": "errors"}
+_HOMES = {
+    "ArtifactRef": "artifacts",
+    "Calibration": "precision",
+    "Encoder": "encoder",
+    "Store": "artifacts",
+    "UllmeError": "errors",
+    "dequantise": "precision",
+    "quantise": "precision",
+    "truncate": "precision",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ __all__ = [
 SlidingWindow = Literal["symmetric", "full"]
 """What a sliding-window layer sees when bidirectional: |i - j| < window, or everything."""
 
-PROBE_TOKENS = 8
+PROBE_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class LayerAttention:
     kind: str
     """The configuration's word for it: full_attention, sliding_attention, linear_attention, conv, hybrid ..."""
     window: int | None
-    """Tokens that a sliding layer sees to either side, itself included; None: all."""
+    """The configuration's sliding window, |i - j| < window in a decoder; None: all is seen."""
     bidirectional: bool
 
 

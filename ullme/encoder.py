@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,13 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ullme import folder
 from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, hidden_states, is_encoder
 from ullme.backbone import PoolingKind
-from ullme.batches import Batch, TokenRow, chunk_by_tokens, collate
+from ullme.batches import Batch, TokenRow, collate
 from ullme.components import Section
+from ullme.engine import BATCH_TOKENS, stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.latent import LatentAttention
-from ullme.lora import activate, speed_up
+from ullme.lora import activate, speed_up, switched_off
 from ullme.losses import token_logprobs
 from ullme.pooling import pool
+from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
 
 if TYPE_CHECKING:
@@ -98,11 +100,12 @@ class Encoder:
             )
 
     @classmethod
-    def load(cls, where: Path | str, *, device: str = "auto") -> Encoder:
+    def load(cls, where: Path | str, *, device: str = "auto", base_bits: Literal[4] | None = None) -> Encoder:
         """Open a model: a folder that `save` wrote, anybody's sentence-transformers folder, or an LLM.
 
         where: a folder; or what `backbone.model` takes: a hub id (`owner/name`, `owner/name@commit`), `pkg:NAME/FILE`,
         `tiny:FAMILY`, a .gguf file. A plain LLM gets the defaults of `BackboneConfig`: bidirectional attention, mean pooling.
+        base_bits: 4 loads the weights of a folder that `save` wrote in 4-bit NF4, to train an adapter on them (QLoRA).
 
         Raises:
             ArtifactError: a folder that is no model, or damaged. ConfigError: it cannot be had or used; says what to do.
@@ -115,7 +118,7 @@ class Encoder:
         if path is None:
             return backbone.embedder(backbone.BackboneConfig(model=name).resolved()).to(chosen)
         if (path / folder.SETTINGS).is_file():
-            return folder.read(path, device=chosen)
+            return folder.read(path, device=chosen, base_bits=base_bits)
         if folder.is_sentence_folder(path):
             return folder.read_foreign(path, device=chosen, dtype=backbone.native_dtype())
         if (path / "config.json").is_file():
@@ -228,30 +231,42 @@ class Encoder:
         prompt: Role = "query",
         dataset: str = "",
         instructions: Sequence[str] | None = None,
-        batch_tokens: int = 16_384,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
     ) -> np.ndarray:
-        """Texts -> float32 [N D], unit norm, in the order given.
+        """Texts -> float32 [N D], unit norm, in the order given. `torch.from_numpy` of it costs nothing.
 
         dataset: whose templates are taken, where the configuration has several; instructions: one per text, empty = the
-        configured one; batch_tokens: padded tokens per forward pass.
+        configured one; batch_tokens: padded tokens per forward pass, halved where memory does not suffice; progress: show a bar.
+
+        Raises:
+            NotFinite: a vector is NaN or infinite; names the texts' places.
         """
         if isinstance(texts, str):
             raise ContractError("encode: expected a list of texts, got one string; write encode([text])")
-        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
-        rows = self.tokenise(texts, prompt, dataset=dataset, instructions=instructions)
-        for positions, block in self.encode_rows(rows, batch_tokens=batch_tokens):
-            vectors[positions] = block
+        if instructions is not None and len(instructions) != len(texts):
+            raise ContractError(f"instructions: expected one per text ({len(texts)}), got {len(instructions)}")
+        items = list(zip(texts, instructions or [""] * len(texts), strict=True))
+
+        def tokenise(items: Sequence[tuple[str, str]]) -> list[TokenRow]:
+            asked, said = [text for text, _ in items], [instruction for _, instruction in items]
+            return self.tokenise(asked, prompt, dataset=dataset, instructions=said)
+
+        vectors = np.empty((len(items), self.dim), dtype=np.float32)
+        with self._evaluating(), Progress(len(items), "encode", unit="text") if progress else nullcontext() as bar:
+            for block in stream(self, items, tokenise, batch_tokens=batch_tokens):
+                block.check_finite([f"text {position}" for position in block.positions])
+                vectors[block.positions] = block.vectors
+                if bar is not None:
+                    bar.advance(len(block.positions))
         return vectors
 
-    def encode_rows(self, rows: Sequence[TokenRow], *, batch_tokens: int) -> Iterator[tuple[list[int], np.ndarray]]:
-        """(positions, float32 vectors) per batch: sorted by length, cut by token budget."""
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            for positions in chunk_by_tokens([len(row) for row in rows], batch_tokens):
-                with torch.inference_mode():  # not around the yield: the caller's own work is not part of it
-                    vectors = self.embed(self.collate([rows[position] for position in positions]))
-                yield positions, vectors.cpu().numpy()
+            yield
         finally:
             self.model.train(was_training)
 
@@ -358,7 +373,7 @@ class Encoder:
             raise ConfigError(
                 "a reference model was asked for, but every weight is trained: use an adapter, or preference weight 0"
             )
-        with self.model.disable_adapter():
+        with switched_off(self.model):
             yield
 
     def merge_adapter(self) -> None:

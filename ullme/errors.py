@@ -7,7 +7,8 @@
     ├─ StageFailed    stage, exit code, tail of its log
     ├─ LimitExceeded  what it takes of disk, memory or time, what there is; nothing is lost, the next run goes on
     ├─ NotFinite      step, term, ids of the batch; never replaced by 0
-    └─ ArtifactError  reference: missing | digest differs | wrong kind
+    ├─ ArtifactError  reference: missing | digest differs | wrong kind
+    └─ HubError       which hub, what it was asked, what it said; nothing here has changed
 
 A message says what was expected, what came and what to do. A user's own mistake never shows a traceback:
 the command line prints `str(error)` and exits with `exit_code`.
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "ContractError",
     "DataError",
+    "HubError",
     "LimitExceeded",
     "NotFinite",
     "StageFailed",
@@ -109,3 +111,7 @@ class NotFinite(UllmeError):
 
 class ArtifactError(UllmeError):
     """An artifact is missing, damaged, or of another kind than asked for."""
+
+
+class HubError(UllmeError):
+    """A model hub is not there, does not let us in, or refuses what it was given."""

@@ -11,6 +11,7 @@ needs `trust_remote_code=True`, because it runs a Python file that lies in the f
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import json
 import logging
@@ -201,20 +202,22 @@ def _carry(kind: type, path: Path) -> None:
 # Reading
 
 
-def read(folder: Path, *, device: torch.device | str) -> Encoder:
+def read(folder: Path, *, device: torch.device | str, base_bits: int | None = None) -> Encoder:
     """The encoder that `write` wrote.
 
     Raises:
-        ArtifactError: damaged.
+        ArtifactError: damaged. ConfigError: `base_bits` without the package that it needs.
     """
     from ullme.encoder import Encoder, EncoderConfig
+
+    quantised = _quantised(device) if base_bits is not None else None
 
     try:
         config = EncoderConfig.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = _weights(folder, config)
+        model = _weights(folder, config, quantised)
         pooler = LatentAttention.load(str(folder), "1_LatentAttention") if config.pooling == "latent_attention" else None
-        encoder = Encoder(model.to(device), tokenizer, config, pooler=pooler)
+        encoder = Encoder(model if quantised else model.to(device), tokenizer, config, pooler=pooler and pooler.to(device))
         adapters = sorted(path.parent for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
         for path in adapters:
             encoder.read_adapter(path, path.name)
@@ -225,15 +228,36 @@ def read(folder: Path, *, device: torch.device | str) -> Encoder:
     return encoder
 
 
-def _weights(folder: Path, config: EncoderConfig) -> Any:
+def _quantised(device: torch.device | str) -> dict[str, Any]:
+    """Options of transformers for weights in 4 bits (NF4 with double quantisation, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("training.adapter.base_bits: 4 needs bitsandbytes, which is not installed: pip install 'ullme[qlora]'")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
+
+
+def _weights(folder: Path, config: EncoderConfig, quantised: dict[str, Any] | None) -> Any:
     architecture = AutoConfig.from_pretrained(folder)
     text = architecture.get_text_config()
     if hasattr(text, "ullme_sliding_window"):
         text.sliding_window = text.ullme_sliding_window
         delattr(text, "ullme_sliding_window")
-    return auto_class(architecture).from_pretrained(
-        folder, config=architecture, dtype=getattr(torch, config.dtype), attn_implementation=config.attn_implementation
+    options = dict(quantised or {})
+    if quantised:
+        options["quantization_config"].bnb_4bit_compute_dtype = getattr(torch, config.dtype)
+    model = auto_class(architecture).from_pretrained(
+        folder,
+        config=architecture,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        **options,
     )
+    for layer in model.modules() if quantised else ():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # else a CPU repacks them when evaluated, for products without gradient
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def read_foreign(folder: Path, *, device: torch.device | str, dtype: str = "float32") -> Encoder:

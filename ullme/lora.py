@@ -7,13 +7,15 @@ sums are fused into them (addmm), which saves conversions and passes over memory
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["activate", "plain_weights", "speed_up"]
+__all__ = ["activate", "plain_weights", "speed_up", "switched_off"]
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -75,6 +77,22 @@ def activate(model: nn.Module, name: str) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer._active_adapter = [name]
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The base model, as long as the block lasts. Unlike peft's own switch it leaves alone which weights learn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def plain_weights(model: Any) -> dict[str, Tensor]:

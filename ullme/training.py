@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage, digest_of, sync, write_atomic
 from ullme.checkpoints import Checkpoint, Checkpoints, training_space
@@ -49,6 +49,8 @@ class LoraConfig(Section):
     targets: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+    base_bits: Literal[4] | None = None
+    """4: the frozen weights below the adapter in 4-bit NF4 (QLoRA, arXiv 2305.14314; pip install 'ullme[qlora]')."""
 
 
 class GenerationConfig(Section):
@@ -108,9 +110,20 @@ class TrainConfig(Section):
 
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     adapter: LoraConfig | None = LoraConfig()
+    generation_adapter: LoraConfig | None = None
+    """An adapter of the language model's own; `adapter` then serves embeddings alone. The trained model keeps both, unmerged."""
     start_from: Literal["base", "champion"] = "base"
     """The weights that training starts from: the backbone's, or the released champion's (the backbone's while there is none)."""
     runtime: TrainRuntime = TrainRuntime()
+
+    @model_validator(mode="after")
+    def _two_adapters_or_one(self) -> TrainConfig:
+        if self.generation_adapter is not None:
+            if self.adapter is None:
+                raise ValueError("generation_adapter needs an adapter for embeddings beside it, or every weight would serve both")
+            if self.generation_adapter.base_bits is not None:
+                raise ValueError("generation_adapter.base_bits: both adapters stand on one base; set adapter.base_bits alone")
+        return self
 
 
 @dataclass(frozen=True)
@@ -223,9 +236,11 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     logs = draft.path / "logs"
     logs.mkdir(parents=True)
     torch.manual_seed(draft.seed)
-    encoder = Encoder.load(inputs["model"])
+    encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
     if section.adapter is not None:
         encoder.add_lora(section.adapter)
+    if section.generation_adapter is not None:
+        encoder.add_lora(section.generation_adapter, "generation")
     loop = Loop(encoder, section, draft)
     for phase in section.phases:
         require_reference(encoder, phase.objective)
@@ -236,9 +251,13 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         sampler = Sampler(examples, section.phases[phase], draft.seed, phase)
         loop.advance(sampler, phase, step)
     encoder.model.eval()
-    if section.adapter is not None:
+    if section.adapter is not None and section.generation_adapter is None:
         encoder.save_adapter(draft.path / "adapter")
-    encoder.merge_adapter()
+        if section.adapter.base_bits is not None:  # merged into the weights as they were, not as 4 bits rounded them
+            pooler, encoder = encoder.pooler, Encoder.load(inputs["model"])
+            encoder.pooler = pooler
+            encoder.read_adapter(draft.path / "adapter")
+        encoder.merge_adapter()
     encoder.save(draft.path)
     write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
     shutil.copy(loop.metrics_file, logs / "metrics.jsonl")

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import ToyData, toy_data
 
-from ullme import encoding
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
 from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.batches import Batch
 from ullme.data import Dataset
 from ullme.encoder import Encoder
-from ullme.encoding import ENCODE, EncodeConfig, encode, open_embeddings
+from ullme.encoding import ENCODE, EncodeConfig, EncodeJob, encode, encode_part, open_embeddings
 from ullme.errors import ArtifactError, DataError, NotFinite
+from ullme.shards import Shard
 
 SHARDS = EncodeConfig.model_validate({"runtime": {"shard_rows": 10}})  # 24 documents: 10, 10 and 4
 
@@ -42,14 +43,14 @@ def draft(tmp_path: Path) -> Draft:
 
 @pytest.fixture
 def rows_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of rows of every call that really went through the model."""
-    plain, calls = Encoder.encode_rows, []
+    """Number of rows of every batch that really went through the model."""
+    plain, calls = Encoder.embed, []
 
-    def counted(self: Encoder, rows: Any, *, batch_tokens: int) -> Any:
-        calls.append(len(rows))
-        return plain(self, rows, batch_tokens=batch_tokens)
+    def counted(self: Encoder, batch: Batch) -> Any:
+        calls.append(len(batch.input_ids))
+        return plain(self, batch)
 
-    monkeypatch.setattr(Encoder, "encode_rows", counted)
+    monkeypatch.setattr(Encoder, "embed", counted)
     return calls
 
 
@@ -106,11 +107,11 @@ def test_only_the_shard_that_is_missing_or_damaged_is_encoded_again(
     how: str, store: Store, refs: dict[str, ArtifactRef], draft: Draft, rows_encoded: list[int]
 ) -> None:
     expected = run(store, refs, draft)
-    assert rows_encoded == [10, 10, 4]
+    assert sum(rows_encoded) == 24
     rows_encoded.clear()
     damage(draft.path, how)
     assert np.array_equal(run(store, refs, draft), expected)
-    assert rows_encoded == [10]
+    assert sum(rows_encoded) == 10
 
 
 def test_an_interrupted_stage_goes_on_with_the_next_shard(
@@ -120,20 +121,20 @@ def test_an_interrupted_stage_goes_on_with_the_next_shard(
         pass
 
     fresh = Store(tmp_path)
-    plain = encoding._write_shard
+    plain = Shard.write
 
-    def write(folder: Path, name: str, *arguments: Any) -> None:
+    def write(self: Shard, folder: Path, name: str, described: Any) -> None:
         if name == "shard-00002":
             raise Killed
-        plain(folder, name, *arguments)
+        plain(self, folder, name, described)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "_write_shard", write)
+        patch.setattr(Shard, "write", write)
         with pytest.raises(Killed):
             fresh.produce(ENCODE, SHARDS, refs, seed=0)
     rows_encoded.clear()
     ref = fresh.produce(ENCODE, SHARDS, refs, seed=0)
-    assert rows_encoded == [4]
+    assert sum(rows_encoded) == 4
     assert ref.digest == store.produce(ENCODE, SHARDS, refs, seed=0).digest
 
 
@@ -151,7 +152,7 @@ def test_vectors_of_another_model_are_never_kept(
     first = run(store, refs, draft)
     other = BackboneConfig(model="tiny:qwen2", dtype="float32", max_tokens=24)
     second = run(store, {**refs, "model": store.produce(BACKBONE, other, {}, seed=0)}, draft)
-    assert rows_encoded == [10, 10, 4] * 2
+    assert sum(rows_encoded) == 2 * 24
     assert np.abs(first - second).max() > 0.01
 
 
@@ -160,7 +161,7 @@ def test_equal_texts_are_encoded_once_and_keep_their_places(
 ) -> None:
     data = toy_data(store, ToyData(texts=("same", "other", "same", "third", "other"), train_queries=2))
     vectors = run(store, {**refs, "data": data}, draft)
-    assert rows_encoded == [3]
+    assert sum(rows_encoded) == 3
     assert np.array_equal(vectors[0], vectors[2])
     assert np.array_equal(vectors[1], vectors[4])
     assert open_embeddings(draft.path).ids == ["d0", "d1", "d2", "d3", "d4"]
@@ -173,7 +174,13 @@ def test_the_share_that_is_cut_is_counted_also_after_a_restart(store: Store, ref
     for _ in range(2):
         run(store, {**refs, "data": data}, draft)
         draft.meta.pop("texts_encoded")
-        assert draft.meta == {"count": 4, "dim": 64, "share_truncated": 0.5, "fingerprint": refs["model"].digest}
+        assert draft.meta == {
+            "count": 4,
+            "dim": 64,
+            "share_truncated": 0.5,
+            "share_text_lost": round((100 - 24 + 25 - 24) / (5 + 100 + 5 + 25), 4),
+            "fingerprint": refs["model"].digest,
+        }
 
 
 def test_a_vector_that_is_not_finite_names_its_document(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
@@ -196,7 +203,7 @@ def test_a_vector_that_is_not_finite_names_its_document(store: Store, refs: dict
 def test_an_empty_corpus_is_refused(
     store: Store, refs: dict[str, ArtifactRef], draft: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Dataset, "corpus", lambda self: [])
+    monkeypatch.setattr(Dataset, "count_corpus", lambda self: 0)
     with pytest.raises(DataError, match="no searchable document"):
         run(store, refs, draft)
 
@@ -208,10 +215,19 @@ def test_opening_something_incomplete_or_mixed_is_refused(
         open_embeddings(tmp_path)
     run(store, refs, draft)
     damage(draft.path, "another model")
-    with pytest.raises(ArtifactError, match="shard 1 was made by another model"):
+    with pytest.raises(ArtifactError, match=r"shard 1 was made by another model .* \(its model differs\)"):
         open_embeddings(draft.path)
+    run(store, refs, draft)
     damage(draft.path, "no vectors")
     with pytest.raises(ArtifactError, match=r"shard-00001\.npy is missing"):
+        open_embeddings(draft.path)
+    damage(draft.path, "no sidecar")
+    with pytest.raises(ArtifactError, match=r"1 of 3 shards missing \(number 1\)"):
+        open_embeddings(draft.path)
+    run(store, refs, draft)
+    for suffix in ("npy", "arrow", "json"):
+        (draft.path / f"shard-00002.{suffix}").unlink()
+    with pytest.raises(ArtifactError, match=r"1 of 3 shards missing \(number 2\)"):
         open_embeddings(draft.path)
 
 
@@ -269,3 +285,64 @@ def test_nothing_is_taken_from_another_model_or_a_damaged_artifact(
     Store(tmp_path).produce(ENCODE, SHARDS, changed(fresh, refs, TEXTS[1:]), seed=0)
     assert sum(rows_encoded) == len(TEXTS) - 1
     assert "nothing is taken over from a damaged artifact" in caplog.text
+
+
+# Windows
+
+
+def test_the_window_decides_which_equal_texts_are_encoded_once(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
+    data = changed(store, refs, ("same", "other", "same", "third", "same", "same"))
+    vectors = []
+    for window, count in ((6, 3), (3, 2 + 2), (1, 6)):
+        draft.restart()
+        vectors.append(run(store, data, draft, EncodeConfig.model_validate({"runtime": {"window": window}})))
+        assert draft.meta["texts_encoded"] == count
+    assert all(np.abs(found - vectors[0]).max() <= 1e-3 for found in vectors)
+
+
+def test_vectors_made_with_another_prompt_are_not_taken_over(
+    refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]
+) -> None:
+    store = Store(tmp_path)
+    first = store.produce(ENCODE, SHARDS, changed(store, refs, TEXTS), seed=0)
+    for sidecar in first.path.glob("*.json"):
+        if sidecar.name.startswith("shard-"):
+            assert json.loads(sidecar.read_text())["prompt"] == "{text}"
+    job = EncodeJob(
+        model=refs["model"].path,
+        fingerprint=refs["model"].digest,
+        corpus=changed(store, refs, TEXTS)["data"].path,
+        count=len(TEXTS),
+        out=tmp_path / "queries",
+        role="query",
+        store=store.root,
+    )
+    job.out.mkdir()
+    rows_encoded.clear()
+    assert encode_part(job, lambda count: None).taken == 0
+    assert sum(rows_encoded) == len(TEXTS)
+    expected = Encoder.load(refs["model"].path).encode(list(TEXTS), prompt="query")
+    assert np.abs(open_embeddings(job.out).vectors() - expected).max() <= 1e-3
+
+
+def test_progress_reaches_every_document_encoded_taken_over_or_there_already(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for texts in (TEXTS[:12], TEXTS):
+        data = changed(store, refs, texts)
+        heard: list[int] = []
+        job = EncodeJob(
+            model=refs["model"].path,
+            fingerprint=refs["model"].digest,
+            corpus=data["data"].path,
+            count=len(texts),
+            out=tmp_path / f"{len(texts)}",
+            runtime=SHARDS.runtime,
+            store=store.root,
+        )
+        job.out.mkdir()
+        encode_part(job, heard.append)
+        assert sum(heard) == len(texts)
+        heard.clear()
+        encode_part(job, heard.append)
+        assert sum(heard) == len(texts)
+        store.produce(ENCODE, SHARDS, data, seed=0)

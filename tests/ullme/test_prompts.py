@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +11,18 @@ from pydantic import ValidationError
 from toys import tiny_encoder
 from transformers import PreTrainedTokenizerBase
 
+from ullme.artifacts import Inputs, Store
+from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.batches import TokenRow
+from ullme.data import PREPARE, DataConfig, Dataset, read_examples
 from ullme.encoder import Encoder, EncoderConfig
+from ullme.encoding import ENCODE, EncodeConfig
 from ullme.errors import ConfigError, ContractError
 from ullme.prompts import DatasetPrompts, PromptConfig, Prompts
+from ullme.rankers import MiningContext, model_vectors
+from ullme.systems import VectorSystem
 from ullme.tiny import byte_tokenizer, tiny_causal_lm
+from ullme.training import PhaseConfig, Sampler
 
 INSTRUCT = PromptConfig(query="Instruct: {instruction}\nQuery: {text}", document="{text}", instruction="Find the passage")
 CHAT = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[answer]\n{% endif %}"
@@ -140,3 +151,67 @@ def test_the_encoder_embeds_with_instructions_and_data_sets() -> None:
     told = encoder.encode(["alpha", "alpha"], instructions=["", "Find code"])
     assert np.abs(told[0] - told[1]).max() > 1e-4
     assert np.array_equal(told[:1], encoder.encode(["alpha"]))
+
+
+# The same string in training and in use
+
+
+def test_training_mining_encoding_and_evaluation_embed_the_very_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (("sing", "", "train"), ("swim", "Find the manual", "train"), ("ski", "Find the manual", "test"))
+    lines = [
+        {"query": f"how to {word}", "pos": [f"{word} is done like this"], "instruction": said, "split": split}
+        for word, said, split in asked
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = Store(tmp_path / "store")
+    section = DataConfig.model_validate({"source": {"kind": "jsonl", "path": str(source)}, "name": "manuals"}).resolved()
+    prompts = {
+        "query": "Instruct: {instruction}\nQuery: {text}",
+        "instruction": "Find it",
+        "datasets": {"manuals": {"document": "Manual: {text}", "instruction": "Find the page"}},
+    }
+    base = BackboneConfig.model_validate({"model": "tiny:llama", "dtype": "float32", "prompts": prompts})
+    refs = {"data": store.produce(PREPARE, section, {}, seed=0), "model": store.produce(BACKBONE, base, {}, seed=0)}
+
+    seen: dict[str, dict[str, list[int]]] = {}
+    stage = ""
+    tokenise = Prompts.tokenise
+
+    def noted(self: Prompts, texts: Sequence[str], *args: Any, **options: Any) -> list[TokenRow]:
+        rows = tokenise(self, texts, *args, **options)
+        seen.setdefault(stage, {}).update(zip(texts, (list(row.ids) for row in rows), strict=True))
+        return rows
+
+    monkeypatch.setattr(Prompts, "tokenise", noted)
+    stage = "train"
+    examples = read_examples(refs["data"].path)
+    phase = PhaseConfig.model_validate({"objective": "contrastive", "steps": 1, "batch_size": 2})
+    Sampler(examples, phase, seed=0).batch(0, Encoder.load(refs["model"].path))
+    stage = "encode"
+    refs["embeddings"] = store.produce(ENCODE, EncodeConfig(), refs, seed=0)
+    stage = "mine"
+    inputs = Inputs(store, {name: refs[name] for name in ("data", "model")})
+    data = Dataset.open(refs["data"].path)
+    model_vectors(inputs, data, batch_tokens=500)(MiningContext(data.queries("train"), data.training_documents(), seed=0))
+    stage = "evaluate"
+    system = VectorSystem(Inputs(store, refs), store, None, 500)
+    for split in ("train", "test"):
+        system.searchers()["exact"].search(data.queries(split), 2)
+
+    decode: Any = byte_tokenizer().decode
+    expected = {
+        "how to sing": "Instruct: Find the page\nQuery: how to sing",
+        "how to swim": "Instruct: Find the manual\nQuery: how to swim",
+        "how to ski": "Instruct: Find the manual\nQuery: how to ski",
+        **{text: f"Manual: {text}" for text in (document.content for document in data.documents())},
+    }
+    assert {name: {text: decode(ids) for text, ids in found.items()} for name, found in seen.items()} == {
+        "train": {text: expected[text] for text in seen["train"]},
+        "encode": {document.content: expected[document.content] for document in data.corpus()},
+        "mine": {text: expected[text] for text in seen["mine"]},
+        "evaluate": {text: expected[text] for text in ("how to sing", "how to swim", "how to ski")},
+    }
+    assert {"how to sing", "how to swim", "sing is done like this"} <= set(seen["train"]) & set(seen["mine"])

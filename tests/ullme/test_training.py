@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -439,8 +440,8 @@ def test_every_field_is_among_those_tried() -> None:
     tried = {(place, field) for place, field, _ in CHANGES}
     sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
-    assert known - tried == {("phase", "generation")}
-    assert set(TrainConfig.model_fields) == {"phases", "adapter", "start_from", "runtime"}
+    assert known - tried == {("phase", "generation"), ("adapter", "base_bits")}
+    assert set(TrainConfig.model_fields) == {"phases", "adapter", "generation_adapter", "start_from", "runtime"}
 
 
 def test_seed_adapter_and_start_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
@@ -470,3 +471,72 @@ def test_runtime_changes_speed_and_rounding_only(refs: dict[str, ArtifactRef], b
 def test_a_template_without_exactly_the_query_is_refused(template: str) -> None:
     with pytest.raises(ValidationError, match=r"with \{query\} in it once"):
         GenerationConfig(template=template)
+
+
+# Adapters
+
+
+def test_with_two_adapters_each_side_of_the_loss_trains_its_own(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    section = config(GRL, generation_adapter=SMALL)
+    made = Store(tmp_path).produce(TRAIN, section, refs, seed=3)
+    encoder, base = Encoder.load(made.path), Encoder.load(refs["model"].path)
+    assert encoder.adapters == ["embedding", "generation"]
+    for name in encoder.adapters:
+        weights = load_file(made.path / "adapters" / name / "adapter_model.safetensors")
+        assert any(tensor.abs().max() > 0 for key, tensor in weights.items() if "lora_B" in key)
+    with encoder.adapters_off():
+        assert np.array_equal(encoder.encode(["alpha"]), base.encode(["alpha"]))
+    assert np.abs(encoder.encode(["alpha"]) - base.encode(["alpha"])).max() > 1e-4
+
+
+def test_a_generation_adapter_alone_is_refused() -> None:
+    with pytest.raises(ValidationError, match="generation_adapter needs an adapter for embeddings beside it"):
+        config(GRL, adapter=None, generation_adapter=SMALL)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes, of the extra qlora")
+def test_an_adapter_trained_on_four_bits_is_merged_into_the_weights_as_they_were(
+    refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    embed = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda self, batch: seen.append(type(projection(self)).__name__) or embed(self, batch))
+    made = Store(tmp_path).produce(TRAIN, config(GRL, adapter={**SMALL, "base_bits": 4}), refs, seed=3)
+    assert "Linear4bit" in seen
+    base, trained = load_file(refs["model"].path / "model.safetensors"), load_file(made.path / "model.safetensors")
+    adapter = load_file(made.path / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    down, up = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert torch.allclose(trained[f"{name}.weight"], base[f"{name}.weight"] + SMALL["alpha"] / SMALL["rank"] * up @ down, atol=1e-6)
+
+
+def projection(encoder: Encoder) -> torch.nn.Module:
+    layer: Any = next(module for name, module in encoder.model.named_modules() if name.endswith("q_proj"))
+    return getattr(layer, "base_layer", layer)
+
+
+def test_four_bits_without_the_package_are_one_clear_line(
+    refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
+    with pytest.raises(ConfigError, match=r"base_bits: 4 needs bitsandbytes, which is not installed: pip install 'ullme\[qlora\]'"):
+        Store(tmp_path).produce(TRAIN, config(GRL, adapter={**SMALL, "base_bits": 4}), refs, seed=3)
+
+
+def test_a_pooling_that_has_weights_is_trained_and_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    section = BackboneConfig.model_validate(
+        {
+            "model": "tiny:llama",
+            "dtype": "float32",
+            "max_tokens": 32,
+            "pooling": "latent_attention",
+            "latents": {"count": 8, "heads": 2},
+        }
+    )
+    refs = {"data": toy_data(store), "model": store.produce(BACKBONE, section, {}, seed=0)}
+    made = store.produce(TRAIN, config(PHASE), refs, seed=3)
+    before, after = (load_file(ref.path / "1_LatentAttention" / "model.safetensors") for ref in (refs["model"], made))
+    assert after["out.weight"].abs().max() > 0 == before["out.weight"].abs().max()
+    assert Encoder.load(made.path).encode(["alpha"]).shape == (1, 64)
