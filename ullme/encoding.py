@@ -39,6 +39,7 @@ __all__ = [
     "Encoded",
     "encode",
     "encode_part",
+    "encode_shards",
     "open_embeddings",
 ]
 
@@ -197,9 +198,14 @@ def encode_part(job: EncodeJob, advance: Callable[[int], None], *, device: str =
         NotFinite: a vector is NaN or infinite; names the documents.
     """
     from ullme.encoder import Encoder
+
+    return encode_shards(Encoder.load(job.model, device=device), job, advance)
+
+
+def encode_shards(encoder: Encoder, job: EncodeJob, advance: Callable[[int], None]) -> Encoded:
+    """`encode_part` with the model in memory already."""
     from ullme.engine import stream_windows
 
-    encoder = Encoder.load(job.model, device=device)
     earlier = _Earlier(job)
     portions: deque[_Portion] = deque()
     texts = _windows(job, encoder, earlier, portions)

@@ -110,7 +110,8 @@ class _Process:
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
         )
-        threading.Thread(target=self._read, name=f"worker {number}", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name=f"worker {number}", daemon=True)
+        self._reader.start()
         assert self._process.stdin is not None  # stdin=PIPE
         with contextlib.suppress(BrokenPipeError):  # it has ended already; what it wrote says why
             self._process.stdin.write(worker.model_dump_json() + "\n")
@@ -118,8 +119,9 @@ class _Process:
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # stdout=PIPE
-        for line in self._process.stdout:
-            self._told.put((self._number, line.rstrip()))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._told.put((self._number, line.rstrip()))
         self._told.put((self._number, None))
 
     def code(self) -> int:
@@ -138,6 +140,7 @@ class _Process:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        self._reader.join()
 
 
 def _together(workers: Sequence[Worker], advance: Callable[[int], None]) -> Iterator[Encoded]:

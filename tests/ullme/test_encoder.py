@@ -44,8 +44,9 @@ def test_padded_rows_equal_rows_encoded_one_by_one(pooling: Any, attention: Any)
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_padding_on_the_left_gives_the_same_vectors(attention: Any, implementation: str) -> None:
-    encoder = tiny_encoder(attention=attention)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_on_the_left_gives_the_same_vectors(pooling: Any, attention: Any, implementation: str) -> None:
+    encoder = tiny_encoder(pooling=pooling, attention=attention, prompts=PROMPTS)
     encoder.model.set_attn_implementation(implementation)
     rows = encoder.tokenise(TEXTS, "query")
     with torch.no_grad():

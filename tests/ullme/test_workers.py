@@ -52,7 +52,12 @@ def job(refs: dict[str, ArtifactRef], out: Path, *, shard_rows: int = 6) -> Enco
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "ullme.workers" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "ullme.workers" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def test_two_processes_write_the_bytes_of_one(store: Store, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:

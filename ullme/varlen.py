@@ -1,0 +1,353 @@
+"""Sequences of different lengths side by side in one row, without padding, and without seeing each other.
+
+Packing by position ids alone leaks between sequences under bidirectional attention. Here each sequence attends to itself
+only: a function registered with transformers' AttentionInterface takes the borders of the sequences (cu_seq_lens_q) from
+the keywords of the forward call. No [T, T] mask is built: what the model's own mask function says is read off at a few
+positions and handed on as (left, right), how many tokens a token sees on either side. So causal, bidirectional and
+sliding-window layers mean here what they mean in a padded batch. For inference: attention dropout is not applied.
+
+The kernels: flash-attn's variable-length function where that package is installed, else torch's own
+(torch.nn.attention.varlen), both for half precision on a GPU; everywhere else scaled_dot_product_attention, one call per
+run of sequences of equal length.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ullme.attention import SlidingWindow, _mode, hidden_states, is_encoder, trunk
+from ullme.batches import Batch
+from ullme.errors import ContractError
+from ullme.pooling import pool
+
+__all__ = ["Packed", "kernel", "pack", "packed_hidden_states", "pool_packed", "supports_packing", "unpack"]
+
+NAME = "ullme_varlen"
+Kernel = Literal["flash_attn", "torch", "segments"]
+HALF = (torch.float16, torch.bfloat16)
+PROBE_LENGTHS = (7, 12, 4, 9)
+SCORES_AT_ONCE = 2**21  # 4 MB in bfloat16: what stays in a CPU's cache between the two products
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences in one row.
+
+    input_ids, position_ids: Int[1 T], positions start again at 0 in each; borders: Int32[N+1], the first is 0, the last T.
+    """
+
+    input_ids: Int[Tensor, "1 T"]
+    position_ids: Int[Tensor, "1 T"]
+    borders: Int[Tensor, " N1"]
+    longest: int
+
+
+def pack(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Packed:
+    """Token ids of several sequences, each of at least one token, side by side.
+
+    Raises:
+        ContractError: nothing to pack, or an empty sequence.
+    """
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    if not len(lengths) or not lengths.min():
+        raise ContractError(f"pack: expected sequences of at least one token, got lengths {lengths[:8].tolist()}")
+    borders = np.concatenate([[0], lengths.cumsum()])
+    ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    positions = np.arange(len(ids)) - np.repeat(borders[:-1], lengths)
+    made = [torch.from_numpy(values) for values in (ids[None], positions[None], borders.astype(np.int32))]
+    if torch.device(device).type == "cuda":  # from pinned memory, so that the copy does not wait for the batch before
+        made = [tensor.pin_memory().to(device, non_blocking=True) for tensor in made]
+    return Packed(*made, longest=int(lengths.max()))
+
+
+def packed_hidden_states(
+    model: nn.Module, packed: Packed, *, is_causal: bool, sliding_window: SlidingWindow = "symmetric"
+) -> Float[Tensor, "T D"]:
+    """Last hidden states of the trunk, adapters included, in the order of the packed tokens.
+
+    The model's attention is switched for this call and switched back after it, whatever happens.
+    """
+    inner: Any = trunk(model)
+    with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest), _switched(inner):
+        return inner(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # all ones, not None: from restarting positions alone transformers would make masks of its own
+            attention_mask=torch.ones_like(packed.input_ids),
+            is_causal=is_causal,
+            use_cache=False,
+            cu_seq_lens_q=packed.borders,
+            cu_seq_lens_k=packed.borders,
+            max_length_q=packed.longest,
+            max_length_k=packed.longest,
+        ).last_hidden_state[0]
+
+
+@contextmanager
+def _switched(inner: Any) -> Iterator[None]:
+    config = inner.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = {"": NAME}  # this configuration, none below it
+    try:
+        yield
+    finally:
+        config._attn_implementation = {"": before}
+
+
+def unpack(hidden: Float[Tensor, "T D"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """Packed states as padded rows, zeros where `mask` is False: the shape of the padded batch of the same sequences."""
+    padded = hidden.new_zeros(*mask.shape, hidden.shape[-1])
+    return padded.masked_scatter(mask.unsqueeze(-1), hidden)
+
+
+def pool_packed(kind: str, hidden: Float[Tensor, "T D"], batch: Batch) -> Float[Tensor, "B D"]:
+    """One unit-norm vector per packed sequence, as `pool` gives for `batch`, the padded batch of the same sequences."""
+    return pool(kind, unpack(hidden, batch.attention_mask), batch.pooled_mask, batch.attention_mask)
+
+
+# What may be packed
+
+
+@torch.no_grad()
+def supports_packing(model: nn.Module, *, sliding_window: SlidingWindow = "symmetric") -> str | None:
+    """None if packed sequences come out as they do one by one, causal and bidirectional; else why not, for people.
+
+    Runs a few short sequences through the model: one by one, packed, and packed with one of them changed.
+    """
+    inner: Any = trunk(model)
+    if is_encoder(model):
+        return f"{type(inner).__name__} is an encoder; only decoders are packed"
+    if not inner._can_set_attn_implementation():
+        return f"{type(inner).__name__} computes attention in code of its own, not through transformers' AttentionInterface"
+    if "chunked_attention" in (getattr(inner.config.get_text_config(), "layer_types", None) or ()):
+        return f"{type(inner).__name__} attends in chunks, which is no band of neighbours"
+    was_training = model.training
+    model.eval()
+    try:
+        return next((reason for is_causal in (False, True) if (reason := _difference(model, is_causal, sliding_window))), None)
+    except ContractError as error:
+        return str(error)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        return f"{type(inner).__name__} does not run on packed sequences ({str(error).strip().splitlines()[0]})"
+    finally:
+        model.train(was_training)
+
+
+def _difference(model: nn.Module, is_causal: bool, sliding_window: SlidingWindow) -> str | None:
+    inner: Any = trunk(model)
+    device, vocabulary = next(model.parameters()).device, inner.config.get_text_config().vocab_size
+    mode: Any = {"is_causal": is_causal, "sliding_window": sliding_window}
+    ids = [(2 + 37 * place) % vocabulary for place in range(sum(PROBE_LENGTHS))]
+    rows = [ids[end - length : end] for length, end in zip(PROBE_LENGTHS, _ends(PROBE_LENGTHS), strict=True)]
+    changed = [rows[0], [(token + 11) % vocabulary for token in rows[1]], *rows[2:]]
+    one_row = [torch.tensor([row], device=device) for row in rows]
+    alone = torch.cat([hidden_states(model, row, torch.ones_like(row, dtype=torch.bool), **mode)[0] for row in one_row])
+    together = packed_hidden_states(model, pack(rows, device=device), **mode)
+    other = packed_hidden_states(model, pack(changed, device=device), **mode)
+    kept = torch.cat([torch.full((len(row),), index != 1) for index, row in enumerate(rows)]).to(device)
+    # float32: rounding of other matrix shapes; half precision: the same through all layers
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
+    name, word = type(inner).__name__, "causal" if is_causal else "bidirectional"
+    if not _distance(other[kept], together[kept]) <= tolerance / 10:
+        return f"{name}: packed sequences see each other in {word} mode; a layer (convolution, recurrence?) ignores borders"
+    if not (away := _distance(together, alone)) <= tolerance:
+        return f"{name}: packed sequences come out otherwise than one by one in {word} mode (relative difference {away:.1e})"
+    return None
+
+
+def _ends(lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[: index + 1]) for index in range(len(lengths))]
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Largest over the tokens, relative to the token's norm."""
+    difference = (one.float() - other.float()).norm(dim=-1) / other.float().norm(dim=-1).clamp_min(1e-6)
+    return float(difference.max())
+
+
+def kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """What runs the attention of packed sequences here; `segments` is right everywhere but no faster than padding on a GPU."""
+    if device.type != "cuda" or dtype not in HALF or head_dim % 8 or head_dim > 256:
+        return "segments"
+    return "flash_attn" if _flash_attn_module() else "torch"
+
+
+# The attention and mask functions that transformers calls
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 H T E"],
+    key: Float[Tensor, "1 G T E"],
+    value: Float[Tensor, "1 G T F"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_unused: Any,
+) -> tuple[Float[Tensor, "1 T H F"], None]:
+    """Attention within the borders, as transformers calls it; `attention_mask` is what `varlen_mask` returned.
+
+    Raises:
+        ContractError: the model adds something to its scores that the kernels do not know, or hands on no borders.
+    """
+    added = {"a soft-cap": softcap, "attention sinks": s_aux, "a position bias": position_bias}
+    if named := [name for name, given in added.items() if given is not None]:
+        raise ContractError(f"{type(module).__name__} uses {named[0]}, which the variable-length kernels do not take")
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is None:
+        raise ContractError(f"{type(module).__name__} was handed no sequence borders or no mask")
+    left, right = attention_mask.tolist()
+    chosen = kernel(query.device, query.dtype, query.shape[-1]) if query.shape[-1] == value.shape[-1] else "segments"
+    if chosen == "segments":
+        return _by_segments(query, key, value, cu_seq_lens_q.tolist(), (left, right), scaling), None
+    run = _flash_attn if chosen == "flash_attn" else torch_varlen
+    flat_query, flat_key, flat_value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return run(flat_query, flat_key, flat_value, cu_seq_lens_q, max_length_q, (left, right), scaling)[None], None
+
+
+def varlen_mask(*, mask_function: Callable[..., Tensor], q_length: int, **_unused: Any) -> Int[Tensor, " 2"]:
+    """Instead of a mask: how many tokens a token sees to its left and right, -1 = all of them."""
+    return torch.tensor(visible_band(mask_function, q_length))
+
+
+def visible_band(mask_function: Callable[..., Any], tokens: int) -> tuple[int, int]:
+    """(left, right) of an index-based mask function, read off its first, middle and last row.
+
+    Raises:
+        ContractError: the visible tokens are no band along the diagonal.
+    """
+    rows = torch.tensor(sorted({0, tokens // 2, tokens - 1}))[:, None]
+    columns, zero = torch.arange(tokens)[None, :], torch.tensor(0)
+    seen = torch.broadcast_to(mask_function(zero, zero, rows, columns), (len(rows), tokens))
+    left, right = int(seen[-1].sum()) - 1, int(seen[0].sum()) - 1
+    if not torch.equal(seen, (columns >= rows - left) & (columns <= rows + right)):
+        raise ContractError("its attention mask is no band of neighbours, so it cannot be handed to a variable-length kernel")
+    return -1 if left == tokens - 1 else left, -1 if right == tokens - 1 else right
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, varlen_mask)
+
+
+# The kernels: query [T H E], key and value [T G E] -> [T H E], window = (left, right)
+
+
+def _by_segments(
+    query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: tuple[int, int], scale: float | None
+) -> Float[Tensor, "1 T H F"]:
+    """query [1 H T E], key and value [1 G T E]: one call per run of neighbours of equal length."""
+    half = query.device.type == "cpu" and query.dtype in HALF
+    attend = _half_on_cpu if half else _exact
+    pieces = []
+    start = 0
+    for length, run in groupby(end - begin for begin, end in pairwise(borders)):
+        left = len(list(run))
+        most = max(1, SCORES_AT_ONCE // (query.shape[1] * length**2)) if half else left
+        while left:
+            count = min(left, most)
+            end = start + count * length
+            parts = [states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
+            pieces.append(attend(*parts, window, scale).transpose(1, 2).flatten(0, 1))
+            start, left = end, left - count
+    return torch.cat(pieces)[None]
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], scale: float | None) -> Tensor:
+    """query [N H L E], key and value [N G L E]."""
+    mask = _window_mask(query.shape[2], window, query.device)
+    causal = mask is not None and window == (-1, 0)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _half_on_cpu(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], scale: float | None) -> Tensor:
+    """The same for bfloat16, twice as fast there as scaled_dot_product_attention: two plain products per key head.
+
+    The query heads of a key head stand below each other, so keys and values are not repeated; softmax rounds as eager does.
+    """
+    count, heads, length, width = query.shape
+    groups = key.shape[1]
+    below = heads // groups
+    rows = query.reshape(count * groups, below * length, width)
+    keys = key.reshape(count * groups, length, width)
+    values = value.reshape(count * groups, length, value.shape[-1])
+    mask = _window_mask(length, window, query.device)
+    added = query.new_zeros(1, 1, 1)
+    if mask is not None:
+        added = query.new_zeros(length, length).masked_fill_(~mask, float("-inf")).repeat(below, 1)[None]
+    scores = torch.baddbmm(added, rows, keys.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale or width**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(count, heads, length, -1)
+
+
+def _window_mask(length: int, window: tuple[int, int], device: torch.device) -> Bool[Tensor, "L L"] | None:
+    """What a token of a sequence of this length sees, or None if it sees all of it."""
+    left, right = (length - 1 if side < 0 else min(side, length - 1) for side in window)
+    if left == right == length - 1:
+        return None
+    places = torch.arange(length, device=device)
+    away = places[None, :] - places[:, None]
+    return (away >= -left) & (away <= right)
+
+
+def torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, window: tuple[int, int], scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if _takes_groups():
+            grouped = {"enable_gqa": True}
+        else:
+            times = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    out = varlen_attn(query, key, value, borders, borders, longest, longest, scale=scale, window_size=window, **grouped)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@lru_cache(maxsize=1)
+def _takes_groups() -> bool:
+    """False in torch 2.11, whose function wants as many key as query heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, window: tuple[int, int], scale: float | None
+) -> Tensor:
+    run = importlib.import_module(_flash_attn_module()).flash_attn_varlen_func
+    options = {"softmax_scale": scale, "causal": window[1] == 0, "window_size": window}
+    out = run(query, key, value, borders, borders, longest, longest, **options)
+    return out if isinstance(out, Tensor) else out[0]  # version 3 has returned (out, lse) at times
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_module() -> str:
+    """The installed package's module, version 3 first; '' if there is none."""
+    return next((name for name in ("flash_attn_interface", "flash_attn") if importlib.util.find_spec(name)), "")
