@@ -67,6 +67,9 @@ def stub() -> Any:
         def width(self) -> int:
             return DIM
 
+        def packs(self, tokens: int) -> bool:  # noqa: ARG002
+            return False
+
         def embed(self, batch: Batch) -> torch.Tensor:
             return self.table[batch.attention_mask.sum(1) % LENGTHS]
 

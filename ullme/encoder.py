@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ullme import folder
-from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, hidden_states, is_encoder
+from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, decoder_layers, hidden_states, is_encoder
 from ullme.backbone import PoolingKind
 from ullme.batches import Batch, TokenRow, collate
 from ullme.components import Section
@@ -37,6 +37,7 @@ from ullme.losses import token_logprobs
 from ullme.pooling import pool
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
+from ullme.varlen import HALF, fast_kernel, pack, packed_hidden_states, supports_packing, unpack
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig
@@ -46,7 +47,10 @@ __all__ = ["Encoder", "EncoderConfig", "Role"]
 logger = logging.getLogger(__name__)
 
 AdapterName = Literal["embedding", "generation"]
+Packing = Literal["plain", "float32_residual"]
 Pooler = LatentAttention | folder.ForeignPooling
+PACK_FROM = 1024
+"""Tokens; below it the proof that a model can be packed would cost more than packing saves."""
 
 
 class EncoderConfig(Section):
@@ -83,6 +87,7 @@ class Encoder:
         if pooler is None and config.pooling == "latent_attention":
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
+        self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
         if config.dim is not None and config.dim > self.width:
             raise ConfigError(f"backbone.dim: expected at most {self.width}, the model's own length, got {config.dim}")
         tokenizer.truncation_side = "right"  # some tokenizers cut on the left, which would take the prompt away
@@ -217,6 +222,59 @@ class Encoder:
             is_causal=self.config.attention == "causal",
             sliding_window=self.config.sliding_window,
         )
+        return self._pooled(hidden, batch)
+
+    def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Float[Tensor, "B D"]:
+        """The same for token rows, without gradient: as a padded batch, or packed side by side where `packs` says so."""
+        batch = self.collate(rows)
+        if not packed or len(rows) == 1:
+            return self.embed(batch)
+        if len(self.adapters) > 1:
+            activate(self.model, "embedding")
+        hidden = packed_hidden_states(
+            self.model,
+            pack([row.ids for row in rows], device=self.device),
+            is_causal=self.config.attention == "causal",
+            sliding_window=self.config.sliding_window,
+            float32_residual=self._packing == "float32_residual",
+        )
+        return self._pooled(unpack(hidden, batch.attention_mask), batch)
+
+    def packs(self, tokens: int) -> bool:
+        """Whether rows of so many tokens in all are encoded faster side by side than padded, and come out the same."""
+        return tokens >= PACK_FROM and self._packing is not None
+
+    def compile(self) -> None:
+        """Compile each layer of the LLM for encoding, at the first batch (torch.compile; on a CPU it needs a C++ compiler)."""
+        self.packs(PACK_FROM)  # the proof runs shapes of its own, for which nothing shall be compiled
+        for layer in decoder_layers(self.model):
+            layer.compile(dynamic=True)
+
+    @property
+    def _packing(self) -> Packing | None:
+        """How rows are packed on the device where the weights are: proven once, on these weights (see `ullme.varlen`)."""
+        weight = next(self.model.parameters())
+        place = (weight.device.type, weight.dtype)
+        if place not in self._packings:
+            self._packings[place] = self._proven_packing(*place)
+        return self._packings[place]
+
+    def _proven_packing(self, device_type: str, dtype: torch.dtype) -> Packing | None:
+        if device_type != "cpu" and not fast_kernel(self.model):
+            return None
+        for way in ("float32_residual", "plain") if dtype in HALF else ("plain",):
+            reason = supports_packing(
+                self.model,
+                is_causal=self.config.attention == "causal",
+                sliding_window=self.config.sliding_window,
+                float32_residual=way == "float32_residual",
+            )
+            if reason is None:
+                return way
+            logger.debug("%s: %s", way, reason)
+        return None
+
+    def _pooled(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B D"]:
         counted = batch.attention_mask if self.config.pool_prompt else batch.pooled_mask
         if self.pooler is not None:
             pooled = self.pooler.pool(hidden, counted)

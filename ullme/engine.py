@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullme.batches import PASS_TOKENS, Batch, TokenRow, chunk_end, longest_first
+from ullme.batches import PASS_TOKENS, TokenRow, chunk_end, longest_first
 from ullme.errors import LimitExceeded, NotFinite
 
 __all__ = ["BATCH_TOKENS", "WINDOW", "Block", "Budget", "Embedder", "embed_rows", "stream", "stream_windows", "windows"]
@@ -54,11 +54,11 @@ class Embedder(Protocol):
         """Where the model computes."""
         ...
 
-    def collate(self, rows: Sequence[TokenRow]) -> Batch:
-        """Token rows as a batch on the model's device."""
+    def packs(self, tokens: int) -> bool:
+        """Whether rows of so many tokens in all need no padding."""
         ...
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Tensor:
         """Float32 [B D]."""
         ...
 
@@ -88,22 +88,24 @@ class Block:
 
 @dataclass
 class Budget:
-    """Padded tokens per forward pass; only ever falls."""
+    """Tokens per forward pass, padding included; only ever falls."""
 
     tokens: int = BATCH_TOKENS
 
-    def halve(self, rows: int, width: int, said: str) -> None:
-        """Half of what did not fit.
+    def halve(self, lengths: Sequence[int], said: str, *, packed: bool) -> None:
+        """Half of what did not fit: rows of these lengths.
 
         Raises:
             LimitExceeded: that was a single text.
         """
+        rows, width = len(lengths), max(lengths)
         if rows <= 1:
             raise LimitExceeded(
                 f"a text of {width} tokens alone does not fit into memory ({said}); lower max_tokens, or run it where there is more"
             )
-        self.tokens = max(1, rows * width // 2)
-        logger.warning("encode: %d x %d tokens do not fit into memory; going on with batches of %d", rows, width, self.tokens)
+        tokens = sum(lengths) if packed else rows * width
+        self.tokens = max(1, tokens // 2)
+        logger.warning("encode: %d texts, %d tokens do not fit into memory; going on with %d at once", rows, tokens, self.tokens)
 
 
 def stream(
@@ -120,7 +122,7 @@ def stream(
         embedder: the encoder.
         items: texts, or whatever else `tokenise` takes; equal ones of a window are encoded once. Read in another thread.
         tokenise: several items -> a row each; called from other threads than the caller's.
-        batch_tokens: padded tokens per forward pass.
+        batch_tokens: tokens per forward pass, padding included.
         window: items that are sorted together.
 
     Raises:
@@ -275,13 +277,19 @@ def embed_rows(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget) -> 
     lengths = np.fromiter((len(row.ids) for row in rows), dtype=np.int64, count=len(rows))
     order = longest_first(lengths)
     falling = lengths[order]
+    packed = embedder.packs(int(lengths.sum()))
     padding = PASS_TOKENS if embedder.device.type == "cpu" else GPU_PADDING
+    ends = lengths[order].cumsum()
     running: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
     start = 0
     while start < len(order):
-        end = chunk_end(falling, start, budget.tokens, padding=padding)
+        if packed:
+            before = ends[start] - falling[start]
+            end = max(start + 1, int(np.searchsorted(ends, before + budget.tokens, side="right")))
+        else:
+            end = chunk_end(falling, start, budget.tokens, padding=padding)
         chosen = order[start:end]
-        vectors = _embedded(embedder, [rows[row] for row in chosen], budget)
+        vectors = _embedded(embedder, [rows[row] for row in chosen], budget, packed=packed)
         if vectors is None:
             continue
         start = end
@@ -296,17 +304,17 @@ def embed_rows(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget) -> 
         yield running[0], running[1]()
 
 
-def _embedded(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget) -> Tensor | None:
+def _embedded(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget, *, packed: bool) -> Tensor | None:
     """Vectors of a batch, or None where it did not fit into memory: then the budget is smaller now."""
     try:
         with torch.inference_mode():
-            return embedder.embed(embedder.collate(rows))
+            return embedder.embed_rows(rows, packed=packed)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the batch; without a GPU it does nothing
-    budget.halve(len(rows), max(len(row) for row in rows), said)
+    budget.halve([len(row) for row in rows], said, packed=packed)
     return None
 
 

@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -35,7 +35,7 @@ from ullme.batches import Batch
 from ullme.errors import ContractError
 from ullme.pooling import pool
 
-__all__ = ["Packed", "kernel", "pack", "packed_hidden_states", "pool_packed", "supports_packing", "unpack"]
+__all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "pool_packed", "supports_packing", "unpack"]
 
 NAME = "ullme_varlen"
 Kernel = Literal["flash_attn", "torch", "segments"]
@@ -57,7 +57,7 @@ class Packed:
     longest: int
 
 
-def pack(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Packed:
+def pack(rows: Sequence[Sequence[int] | np.ndarray], *, device: torch.device | str = "cpu") -> Packed:
     """Token ids of several sequences, each of at least one token, side by side.
 
     Raises:
@@ -76,14 +76,22 @@ def pack(rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -
 
 
 def packed_hidden_states(
-    model: nn.Module, packed: Packed, *, is_causal: bool, sliding_window: SlidingWindow = "symmetric"
+    model: nn.Module,
+    packed: Packed,
+    *,
+    is_causal: bool,
+    sliding_window: SlidingWindow = "symmetric",
+    float32_residual: bool = False,
 ) -> Float[Tensor, "T D"]:
     """Last hidden states of the trunk, adapters included, in the order of the packed tokens.
 
-    The model's attention is switched for this call and switched back after it, whatever happens.
+    The model's attention is switched for this call and switched back after it, whatever happens. With `float32_residual` a
+    model in half precision adds up its layers in float32: the products stay in half precision, the sum is not rounded to it
+    sixty times. The result is then float32.
     """
     inner: Any = trunk(model)
-    with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest), _switched(inner):
+    adding = _adding_in_float32(inner) if float32_residual else nullcontext()
+    with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest), _switched(inner), adding:
         return inner(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -96,6 +104,21 @@ def packed_hidden_states(
             max_length_q=packed.longest,
             max_length_k=packed.longest,
         ).last_hidden_state[0]
+
+
+@contextmanager
+def _adding_in_float32(inner: Any) -> Iterator[None]:
+    """Embeddings come out in float32, and so does every sum with them; autocast casts what goes into a product."""
+    embeddings = inner.get_input_embeddings()
+    if embeddings.weight.dtype not in HALF:
+        yield
+        return
+    hook = embeddings.register_forward_hook(lambda _module, _given, out: out.float())
+    try:
+        with torch.autocast(embeddings.weight.device.type, embeddings.weight.dtype):
+            yield
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -124,8 +147,14 @@ def pool_packed(kind: str, hidden: Float[Tensor, "T D"], batch: Batch) -> Float[
 
 
 @torch.no_grad()
-def supports_packing(model: nn.Module, *, sliding_window: SlidingWindow = "symmetric") -> str | None:
-    """None if packed sequences come out as they do one by one, causal and bidirectional; else why not, for people.
+def supports_packing(
+    model: nn.Module,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: SlidingWindow = "symmetric",
+    float32_residual: bool = False,
+) -> str | None:
+    """None if packed sequences come out as they do one by one, else why not, for people. is_causal None: in both modes.
 
     Runs a few short sequences through the model: one by one, packed, and packed with one of them changed.
     """
@@ -139,16 +168,19 @@ def supports_packing(model: nn.Module, *, sliding_window: SlidingWindow = "symme
     was_training = model.training
     model.eval()
     try:
-        return next((reason for is_causal in (False, True) if (reason := _difference(model, is_causal, sliding_window))), None)
+        for causal in (False, True) if is_causal is None else (is_causal,):
+            if reason := _difference(model, causal, sliding_window, float32_residual):
+                return reason
+        return None
     except ContractError as error:
         return str(error)
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"{type(inner).__name__} does not run on packed sequences ({str(error).strip().splitlines()[0]})"
     finally:
         model.train(was_training)
 
 
-def _difference(model: nn.Module, is_causal: bool, sliding_window: SlidingWindow) -> str | None:
+def _difference(model: nn.Module, is_causal: bool, sliding_window: SlidingWindow, float32_residual: bool) -> str | None:
     inner: Any = trunk(model)
     device, vocabulary = next(model.parameters()).device, inner.config.get_text_config().vocab_size
     mode: Any = {"is_causal": is_causal, "sliding_window": sliding_window}
@@ -157,8 +189,10 @@ def _difference(model: nn.Module, is_causal: bool, sliding_window: SlidingWindow
     changed = [rows[0], [(token + 11) % vocabulary for token in rows[1]], *rows[2:]]
     one_row = [torch.tensor([row], device=device) for row in rows]
     alone = torch.cat([hidden_states(model, row, torch.ones_like(row, dtype=torch.bool), **mode)[0] for row in one_row])
-    together = packed_hidden_states(model, pack(rows, device=device), **mode)
-    other = packed_hidden_states(model, pack(changed, device=device), **mode)
+    together, other = (
+        packed_hidden_states(model, pack(sequences, device=device), float32_residual=float32_residual, **mode)
+        for sequences in (rows, changed)
+    )
     name, word = type(inner).__name__, "causal" if is_causal else "bidirectional"
     allowed = _tolerance(alone.dtype)
     # nothing of the others may move, in half precision neither: the shapes are the same (experts' may not quite be)
@@ -197,9 +231,18 @@ def kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
     return "flash_attn" if _flash_attn_module() else "torch"
 
 
+def fast_kernel(model: nn.Module) -> bool:
+    """Whether the kernel for packed sequences beats padded batches on a GPU."""
+    inner: Any = trunk(model)
+    weight, config = next(model.parameters()), inner.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return kernel(weight.device, weight.dtype, head_dim) != "segments"
+
+
 # The attention and mask functions that transformers calls
 
 
+@torch.compiler.disable  # it reads numbers off tensors and calls kernels of their own: nothing to compile
 def varlen_attention(
     module: nn.Module,
     query: Float[Tensor, "1 H T E"],
@@ -225,6 +268,7 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is None:
         raise ContractError(f"{type(module).__name__} was handed no sequence borders or no mask")
     left, right = attention_mask.tolist()
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotated in float32 where the model adds up in float32
     chosen = kernel(query.device, query.dtype, query.shape[-1]) if query.shape[-1] == value.shape[-1] else "segments"
     if chosen == "segments":
         return _by_segments(query, key, value, cu_seq_lens_q.tolist(), (left, right), scaling), None

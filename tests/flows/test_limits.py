@@ -310,7 +310,15 @@ def test_texts_are_encoded_within_the_budget_of_the_stage(
             found.append(batch.input_ids.numel())
         return plain(self, batch)
 
+    packed = Encoder.embed_rows
+
+    def embed_rows(self: Encoder, rows: Any, **settings: Any) -> Any:
+        if settings.get("packed") and len(rows) > 1:
+            found.append(sum(map(len, rows)))
+        return packed(self, rows, **settings)
+
     monkeypatch.setattr(Encoder, "embed", embed)
+    monkeypatch.setattr(Encoder, "embed_rows", embed_rows)
     refs = {"data": artifacts["data"], "model": artifacts["model"]}
     phase = {"objective": {"kind": "contrastive"}, "steps": 1, "batch_size": 4, "num_negatives": 0}
     sections: dict[str, dict[str, Any]] = {

