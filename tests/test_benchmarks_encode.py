@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.encode import NOT_RUN, SHAPES, alternate, corpora, distances, flops, main, padding_ratio, random_texts, table
+import benchmarks.encode
+from benchmarks.encode import (
+    NOT_RUN,
+    SHAPES,
+    Bench,
+    alternate,
+    best_batch_size,
+    corpora,
+    distances,
+    flops,
+    main,
+    positions_computed,
+    random_texts,
+    table,
+)
 from ullme.attention import trunk
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.tiny import tiny_causal_lm
@@ -25,9 +39,41 @@ def test_flops_are_those_of_the_linear_layers_and_of_each_text_with_itself(encod
     assert flops(encoder, [10, 3]) == 2 * weights * 13 + 4 * 2 * 64 * (10**2 + 3**2)
 
 
-def test_padding_is_counted_at_the_embeddings(encoder: Encoder) -> None:
-    ids = torch.zeros(2, 10, dtype=torch.long)
-    assert padding_ratio(lambda: trunk(encoder.model).forward(input_ids=ids), trunk(encoder.model), 15) == 0.25
+def test_positions_are_counted_at_the_embeddings(encoder: Encoder) -> None:
+    inner = trunk(encoder.model)
+    with positions_computed(inner) as seen:
+        inner.forward(input_ids=torch.zeros(2, 10, dtype=torch.long))
+    assert seen == [20]
+
+
+def test_the_search_for_the_best_batch_size_ends_when_larger_ones_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    class Peer:
+        def encode(self, texts: list[str], batch_size: int) -> None:
+            tried.append(batch_size)
+
+    seconds = iter([3.0, 1.0, 1.5, 2.0, 0.1])
+    monkeypatch.setattr(benchmarks.encode, "timed", lambda run: run() or next(seconds))
+    assert best_batch_size(Peer(), ["a"] * 4, (1, 2, 4, 8, 16)) == 2
+    assert tried == [2, 1, 2, 4, 8]
+
+
+def test_cells_that_were_not_run_say_so(tmp_path: Path) -> None:
+    bench = Bench.__new__(Bench)
+    bench.folder = tmp_path
+    assert bench.summary("pydocs", {}) == {"ratio_equal_dtype": NOT_RUN}
+    seconds = {"ours": 2.0, "peer": 3.0, "peer_batches_of_32": 4.0}
+    cell = {"ratio_equal_dtype": 1.5, "ratio_bare_trunk": 0.9, "seconds": seconds}
+    found = bench.summary("pydocs", {"bfloat16": cell})
+    assert (found["ratio_defaults"], found["float32"], found["error"]) == (NOT_RUN, NOT_RUN, NOT_RUN)
+    assert found["ratio_defaults_bfloat16_weights"] == 2.0
+    for who, value in {"ours-float32": 1.0, "ours-bfloat16": 0.5}.items():
+        np.save(tmp_path / f"pydocs-{who}.npy", np.array([[1.0, 1.0 - value]]))
+    exact = {**cell, "seconds": {name: 3 * value for name, value in seconds.items()}}
+    found = bench.summary("pydocs", {"bfloat16": cell, "float32": exact})
+    assert found["ratio_defaults"] == 6.0
+    assert list(found["error"]) == ["ours-bfloat16"]
 
 
 def test_corpora_that_are_not_there_are_none(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ullme.attention import SlidingWindow, _mode, hidden_states, is_encoder, trunk
+from ullme.attention import SlidingWindow, _mode, decoder_layers, hidden_states, is_encoder, trunk
 from ullme.batches import Batch
 from ullme.errors import ContractError
 from ullme.pooling import pool
@@ -108,17 +108,26 @@ def packed_hidden_states(
 
 @contextmanager
 def _adding_in_float32(inner: Any) -> Iterator[None]:
-    """Embeddings come out in float32, and so does every sum with them; autocast casts what goes into a product."""
+    """Embeddings come out in float32, and so does every sum with them; the norm before a layer's products goes back to half."""
     embeddings = inner.get_input_embeddings()
     if embeddings.weight.dtype not in HALF:
         yield
         return
-    hook = embeddings.register_forward_hook(lambda _module, _given, out: out.float())
+    norms = [part for layer in decoder_layers(inner) for part in layer.children() if "Norm" in type(part).__name__]
+    hooks = [embeddings.register_forward_hook(_widened), *(norm.register_forward_hook(_narrowed) for norm in norms)]
     try:
-        with torch.autocast(embeddings.weight.device.type, embeddings.weight.dtype):
-            yield
+        yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _widened(_module: nn.Module, _given: Any, out: Tensor) -> Tensor:
+    return out.float()
+
+
+def _narrowed(norm: Any, _given: Any, out: Tensor) -> Tensor:
+    return out.to(norm.weight.dtype)
 
 
 @contextmanager
