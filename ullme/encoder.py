@@ -29,7 +29,7 @@ from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional,
 from ullme.backbone import PoolingKind
 from ullme.batches import Batch, TokenRow, collate
 from ullme.components import Section
-from ullme.engine import BATCH_TOKENS, stream
+from ullme.engine import stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.latent import LatentAttention
 from ullme.lora import activate, speed_up, switched_off
@@ -289,13 +289,14 @@ class Encoder:
         prompt: Role = "query",
         dataset: str = "",
         instructions: Sequence[str] | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Texts -> float32 [N D], unit norm, in the order given. `torch.from_numpy` of it costs nothing.
 
         dataset: whose templates are taken, where the configuration has several; instructions: one per text, empty = the
-        configured one; batch_tokens: padded tokens per forward pass, halved where memory does not suffice; progress: show a bar.
+        configured one; batch_tokens: tokens per forward pass (None: what suits the device), halved where memory does not suffice;
+        progress: show a bar.
 
         Raises:
             NotFinite: a vector is NaN or infinite; names the texts' places.

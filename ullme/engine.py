@@ -26,14 +26,26 @@ from torch import Tensor
 from ullme.batches import PASS_TOKENS, TokenRow, chunk_end, longest_first
 from ullme.errors import LimitExceeded, NotFinite
 
-__all__ = ["BATCH_TOKENS", "WINDOW", "Block", "Budget", "Embedder", "embed_rows", "stream", "stream_windows", "windows"]
+__all__ = [
+    "BATCH_TOKENS",
+    "WINDOW",
+    "Block",
+    "Budget",
+    "Embedder",
+    "batch_tokens_for",
+    "embed_rows",
+    "stream",
+    "stream_windows",
+    "windows",
+]
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", bound=Hashable)
 Made = TypeVar("Made")
 
-BATCH_TOKENS = 16_384
+BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
+"""Tokens per forward pass on a GPU and on a CPU, where larger tensors cost more than they save: glibc gives their memory back."""
 WINDOW = 16_384
 """Texts that are sorted together; more of them would save little padding."""
 WINDOW_CHARACTERS = 2**25
@@ -86,6 +98,11 @@ class Block:
             raise NotFinite(None, "an embedding", [names[row] for row in bad.tolist()])
 
 
+def batch_tokens_for(device: torch.device) -> int:
+    """Tokens per forward pass, where nobody says how many."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
+
+
 @dataclass
 class Budget:
     """Tokens per forward pass, padding included; only ever falls."""
@@ -113,7 +130,7 @@ def stream(
     items: Iterable[Item],
     tokenise: Callable[[Sequence[Item]], Sequence[TokenRow]],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     window: int = WINDOW,
 ) -> Iterator[Block]:
     """Vectors of all `items`, block by block, their positions counted from the first item.
@@ -122,7 +139,7 @@ def stream(
         embedder: the encoder.
         items: texts, or whatever else `tokenise` takes; equal ones of a window are encoded once. Read in another thread.
         tokenise: several items -> a row each; called from other threads than the caller's.
-        batch_tokens: tokens per forward pass, padding included.
+        batch_tokens: tokens per forward pass, padding included; None: as many as suit the device.
         window: items that are sorted together.
 
     Raises:
@@ -147,10 +164,10 @@ def stream_windows(
     windows: Iterable[Sequence[Item]],
     tokenise: Callable[[Sequence[Item]], Sequence[TokenRow]],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> Iterator[Block]:
     """Like `stream`, for windows that the caller has cut. An empty window gives one empty block, in its turn."""
-    budget = Budget(batch_tokens)
+    budget = Budget(batch_tokens or batch_tokens_for(embedder.device))
     threads = 1 if embedder.device.type == "cpu" else max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
     with contextlib.closing(_ahead(_tokenised(windows, tokenise, threads))) as ready:
         for number, window in enumerate(ready):

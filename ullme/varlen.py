@@ -108,13 +108,16 @@ def packed_hidden_states(
 
 @contextmanager
 def _adding_in_float32(inner: Any) -> Iterator[None]:
-    """Embeddings come out in float32, and so does every sum with them; the norm before a layer's products goes back to half."""
+    """Embeddings come out in float32, and so does every sum with them; what goes into a layer's products is half again."""
     embeddings = inner.get_input_embeddings()
-    if embeddings.weight.dtype not in HALF:
+    dtype = embeddings.weight.dtype
+    if dtype not in HALF:
         yield
         return
     norms = [part for layer in decoder_layers(inner) for part in layer.children() if "Norm" in type(part).__name__]
-    hooks = [embeddings.register_forward_hook(_widened), *(norm.register_forward_hook(_narrowed) for norm in norms)]
+    rotations = [part for part in inner.children() if "RotaryEmbedding" in type(part).__name__]
+    hooks = [embeddings.register_forward_hook(_casting(torch.float32))]
+    hooks += [part.register_forward_hook(_casting(dtype)) for part in norms + rotations]
     try:
         yield
     finally:
@@ -122,12 +125,12 @@ def _adding_in_float32(inner: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _widened(_module: nn.Module, _given: Any, out: Tensor) -> Tensor:
-    return out.float()
+@lru_cache(maxsize=4)  # the same hook every time, so that compiled layers are not compiled again
+def _casting(dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(_module: nn.Module, _given: Any, out: Any) -> Any:
+        return tuple(part.to(dtype) for part in out) if isinstance(out, tuple) else out.to(dtype)
 
-
-def _narrowed(norm: Any, _given: Any, out: Tensor) -> Tensor:
-    return out.to(norm.weight.dtype)
+    return cast
 
 
 @contextmanager
