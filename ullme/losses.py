@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.pooling import at_least_float32
 
-__all__ = ["dpo", "entropy", "info_nce", "kl_alignment", "token_logprobs"]
+__all__ = ["entropy", "info_nce", "kl_alignment", "preference", "token_logprobs"]
 
 LOGIT_BYTES = 64 * 2**20
 
@@ -33,20 +33,18 @@ def info_nce(
     return functional.cross_entropy(logits, target, reduction="none")
 
 
-def dpo(
-    chosen: Float[Tensor, "Q N"],
-    rejected: Float[Tensor, "Q N"],
-    reference_chosen: Float[Tensor, "Q N"],
-    reference_rejected: Float[Tensor, "Q N"],
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> Float[Tensor, "Q N"]:
-    """-log sigma(beta [(log pi(p+) - log pi(p-)) - (log pi_ref(p+) - log pi_ref(p-))]) (arXiv 2305.18290, eq. 7).
+def preference(difference: Float[Tensor, "Q N"], loss: str, *, beta: float, label_smoothing: float = 0.0) -> Float[Tensor, "Q N"]:
+    """Loss of preferring p+ to p-; difference d = (log pi(p+) - log pi_ref(p+)) - (log pi(p-) - log pi_ref(p-)).
 
-    Summed log-probabilities. With label smoothing eps: the conservative form (1 - eps) L(z) + eps L(-z).
+    sigmoid: -log sigma(beta d), DPO (arXiv 2305.18290, eq. 7) on summed log-probabilities; with label smoothing eps the
+    conservative form (1 - eps) L(d) + eps L(-d). ipo: (d - 1 / (2 beta))^2 (arXiv 2310.12036, eq. 17) on mean ones.
+    hinge: max(0, 1 - beta d), the normalised hinge of RSO (arXiv 2309.06657), on summed ones.
     """
-    margin = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
+    if loss == "ipo":
+        return (difference - 1 / (2 * beta)).square()
+    margin = beta * difference
+    if loss == "hinge":
+        return (1 - margin).clamp_min(0)
     return -(1 - label_smoothing) * functional.logsigmoid(margin) - label_smoothing * functional.logsigmoid(-margin)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +17,10 @@ from ullme.gradcache import Representations, StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.grl import Grl
+from ullme.objectives.preference import Preference
+from ullme.objectives.sft import Sft
+from ullme.objectives.spread_out import SpreadOut
+from ullme.objectives.sum import Part, Sum
 from ullme.training import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=8)
@@ -34,6 +38,21 @@ OBJECTIVES: dict[str, Objective] = {
     "own candidates": Contrastive(temperature=0.1, in_batch=False),
     "symmetric": Contrastive(temperature=0.1, symmetric=True),
     "grl": GRL,
+    "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
+    "sft": Sft(kind="sft"),
+    "sft, summed": Sft(kind="sft", per_token=False),
+    "preference": Preference(label_smoothing=0.1, beta=0.2),
+    "preference, ipo": Preference(loss="ipo", beta=0.2),
+    "preference, hinge": Preference(loss="hinge", beta=0.2),
+    "spread_out": SpreadOut(),
+    "sum": Sum(
+        parts=(
+            Part(objective=Contrastive(kind="contrastive", temperature=0.1)),
+            Part(objective=SpreadOut(kind="spread_out"), weight=0.3),
+            Part(objective=Sft(kind="sft"), weight=0.2),
+            Part(objective=Preference(kind="preference", loss="hinge"), weight=0.1),
+        )
+    ),
 }
 BUDGETS = [1, 60, 150, 100_000]  # one row per chunk, several, all at once
 
@@ -74,30 +93,85 @@ def contrastive_plainly(objective: Contrastive | Grl, scores: Tensor, batch: Tra
     return loss
 
 
-def plainly(encoder: Encoder, objective: Any, batch: TrainBatch) -> dict[str, Tensor]:
-    queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
-    documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
-    scores = queries @ documents.T
-    if isinstance(objective, Contrastive):
-        return {"contrastive": contrastive_plainly(objective, scores, batch)}
-    preference, kl = [], []
+def spread_out_plainly(rows: Tensor, names: list[int]) -> Tensor:
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j and names[i] != names[j]]
+    return torch.stack([(rows[i] @ rows[j]) ** 2 for i, j in pairs]).mean()
+
+
+def preference_plainly(objective: Any, loss: str, policy: list[Tensor], reference: list[Tensor], lengths: list[int]) -> Tensor:
+    values = []
+    for n in range(1, len(policy)):
+        if loss == "ipo":
+            gains = [(policy[i] - reference[i]) / lengths[i] for i in (0, n)]
+            values.append((gains[0] - gains[1] - 1 / (2 * objective.beta)) ** 2)
+            continue
+        margin = objective.beta * ((policy[0] - policy[n]) - (reference[0] - reference[n]))
+        if loss == "hinge":
+            values.append(torch.relu(1 - margin))
+            continue
+        smooth = objective.label_smoothing
+        values.append(-(1 - smooth) * torch.log(torch.sigmoid(margin)) - smooth * torch.log(torch.sigmoid(-margin)))
+    return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
+
+
+class Scored(NamedTuple):
+    """Of one query's candidates: which they are, their log-probabilities, those of the reference, and their lengths."""
+
+    query: int
+    policy: list[Tensor]
+    reference: list[Tensor]
+    lengths: list[int]
+
+
+def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
+    found = []
     for place, q in enumerate(batch.scored):
         rows = [TokenRow([*batch.prompts[place], *body], len(batch.prompts[place])) for body in batch.passages[place] if body]
         policy = [logprob_by_hand(encoder, row) for row in rows]
         with torch.no_grad(), encoder.model.disable_adapter():
             reference = [logprob_by_hand(encoder, row) for row in rows]
-        margins = [objective.beta * ((policy[0] - policy[n]) - (reference[0] - reference[n])) for n in range(1, len(rows))]
-        smooth = objective.label_smoothing
-        pairs = [-(1 - smooth) * torch.log(torch.sigmoid(m)) - smooth * torch.log(torch.sigmoid(-m)) for m in margins]
-        preference.append(torch.stack(pairs).mean() if pairs else torch.zeros((), dtype=torch.float64))
-        lengths = [len(row) - row.prompt for row in rows]
-        teacher = torch.stack([p / n for p, n in zip(policy, lengths, strict=True)]).detach() / objective.generation_temperature
-        own = [int(c) for c in batch.candidates[q] if c >= 0]
-        student = scores[q, own] / objective.temperature
+        found.append(Scored(q, policy, reference, [len(row) - row.prompt for row in rows]))
+    return found
+
+
+def plainly(encoder: Encoder, objective: Any, batch: TrainBatch) -> dict[str, Tensor]:
+    """Each row goes through the model once, whatever terms use it: the norms round to float32, so two passes do not add up."""
+    queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
+    documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
+    generation = [] if isinstance(objective, Contrastive | SpreadOut) else scored_plainly(encoder, batch)
+    return terms_plainly(objective, batch, queries, documents, generation)
+
+
+def terms_plainly(
+    objective: Any, batch: TrainBatch, queries: Tensor, documents: Tensor, generation: list[Scored]
+) -> dict[str, Tensor]:
+    scores = queries @ documents.T
+    if isinstance(objective, Sum):
+        parts = [(part.weight, terms_plainly(part.objective, batch, queries, documents, generation)) for part in objective.parts]
+        return {name: weight * value for weight, terms in parts for name, value in terms.items()}
+    if isinstance(objective, Contrastive):
+        return {"contrastive": contrastive_plainly(objective, scores, batch)}
+    if isinstance(objective, SpreadOut):
+        targets = [int(column) for column in batch.candidates[:, 0]]
+        apart = spread_out_plainly(queries, list(range(len(queries)))) + spread_out_plainly(documents[targets], targets)
+        return {"spread_out": apart}
+    if isinstance(objective, Sft):
+        values = [-of.policy[0] / (of.lengths[0] if objective.per_token else 1) for of in generation]
+        return {"sft": torch.stack(values).mean()}
+    loss = objective.loss if isinstance(objective, Preference) else objective.preference_loss
+    preference = torch.stack([preference_plainly(objective, loss, of.policy, of.reference, of.lengths) for of in generation]).mean()
+    if isinstance(objective, Preference):
+        return {"preference": preference}
+    kl = []
+    for of in generation:
+        teacher = torch.stack([p / n for p, n in zip(of.policy, of.lengths, strict=True)]).detach()
+        teacher = teacher / objective.generation_temperature
+        own = [int(c) for c in batch.candidates[of.query] if c >= 0]
+        student = scores[of.query, own] / objective.temperature
         kl.append((teacher.softmax(0) * (teacher.log_softmax(0) - student.log_softmax(0))).sum())
     return {
         "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch),
-        "preference": objective.preference_weight * torch.stack(preference).mean(),
+        "preference": objective.preference_weight * preference,
         "kl": objective.kl_weight * torch.stack(kl).mean(),
     }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ullme import losses
-from ullme.losses import dpo, entropy, info_nce, kl_alignment, token_logprobs
+from ullme.losses import entropy, info_nce, kl_alignment, preference, token_logprobs
 
 
 def softmax(*values: float) -> list[float]:
@@ -37,16 +37,21 @@ def test_info_nce_leaves_ignored_candidates_out_of_value_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_dpo_by_hand_with_reference_and_label_smoothing(smoothing: float) -> None:
-    values = [torch.tensor([[value]], dtype=torch.float64) for value in (-10.0, -12.0, -11.0, -11.5)]
+def test_dpo_by_hand_with_label_smoothing(smoothing: float) -> None:
     margin = 0.1 * ((-10 + 12) - (-11 + 11.5))
     expected = -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
-    assert dpo(*values, beta=0.1, label_smoothing=smoothing).item() == pytest.approx(expected, rel=1e-12)
+    difference = torch.tensor([[(-10.0 + 11.0) - (-12.0 + 11.5)]], dtype=torch.float64)
+    assert preference(difference, "sigmoid", beta=0.1, label_smoothing=smoothing).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_dpo_is_log_two_where_policy_and_reference_agree() -> None:
-    chosen, rejected = torch.randn(3, 2), torch.randn(3, 2)
-    assert torch.allclose(dpo(chosen, rejected, chosen, rejected, beta=0.3), torch.full((3, 2), math.log(2)))
+    assert torch.allclose(preference(torch.zeros(3, 2), "sigmoid", beta=0.3), torch.full((3, 2), math.log(2)))
+
+
+def test_ipo_wants_a_distance_and_hinge_no_more_than_one() -> None:
+    difference = torch.tensor([[0.0, 2.5, 5.0, 20.0]])
+    assert preference(difference, "ipo", beta=0.2).tolist() == [pytest.approx([6.25, 0, 6.25, 306.25])]
+    assert preference(difference, "hinge", beta=0.2).tolist() == [pytest.approx([1, 0.5, 0, 0])]
 
 
 def test_kl_by_hand_with_a_missing_candidate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,18 +15,27 @@ from ullme.gradcache import CandidateLogprobs, Representations, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.grl import Grl
+from ullme.objectives.preference import Preference
+from ullme.objectives.sft import Sft
+from ullme.objectives.spread_out import SpreadOut
 from ullme.training import LoraConfig
 
 KINDS = kinds("ullme.objectives")
+PARTS = [{"objective": "contrastive"}, {"objective": {"kind": "sft"}, "weight": 0.1}]
+
+
+def spec_of(kind: str) -> dict[str, Any]:
+    """The kind with its defaults, and what it requires."""
+    return {"kind": kind} | ({"parts": PARTS} if kind == "sum" else {})
 
 
 def test_the_folder_holds_the_known_kinds() -> None:
-    assert {"contrastive", "grl"} <= set(KINDS)
+    assert {"contrastive", "grl", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_and_do_not_depend_on_the_chunk_size(kind: str) -> None:
-    objective: Any = resolve("ullme.objectives", kind)
+    objective: Any = resolve("ullme.objectives", spec_of(kind))
     assert isinstance(objective, Objective)
     encoder = tiny_encoder(dtype=torch.float64, lora=LoraConfig(rank=4, alpha=8))
     found = []
@@ -43,7 +53,7 @@ def test_gradients_are_finite_and_do_not_depend_on_the_chunk_size(kind: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_batch_loss_is_pure_in_the_representations(kind: str) -> None:
-    objective: Any = resolve("ullme.objectives", kind)
+    objective: Any = resolve("ullme.objectives", spec_of(kind))
     encoder = tiny_encoder()
     batch = toy_batch(encoder)
     torch.manual_seed(0)
@@ -59,13 +69,13 @@ def test_the_batch_loss_is_pure_in_the_representations(kind: str) -> None:
 def test_every_kind_is_a_documented_value(kind: str) -> None:
     found = component_class("ullme.objectives", kind)
     assert found.__doc__
-    objective = resolve("ullme.objectives", kind)
+    objective = resolve("ullme.objectives", spec_of(kind))
     assert objective.kind == kind
     assert resolve("ullme.objectives", objective.model_dump()) == objective
     with pytest.raises(ValidationError, match="frozen"):
         objective.kind = "other"
     with pytest.raises(ValidationError, match="extra"):
-        resolve("ullme.objectives", {"kind": kind, "temperture": 1})
+        resolve("ullme.objectives", {**spec_of(kind), "temperture": 1})
 
 
 @pytest.mark.parametrize(
@@ -76,10 +86,17 @@ def test_values_out_of_range_are_refused(spec: dict[str, Any]) -> None:
         resolve("ullme.objectives", spec)
 
 
+SUM: Any = resolve("ullme.objectives", spec_of("sum"))
 FIELDS = [
     (Contrastive(), {"temperature": 0.2}),
     (Contrastive(), {"in_batch": False}),
     (Contrastive(), {"symmetric": True}),
+    (Sft(), {"per_token": False}),
+    (Preference(), {"loss": "ipo"}),
+    (Preference(), {"loss": "hinge"}),
+    (Preference(), {"beta": 0.4}),
+    (Preference(), {"label_smoothing": 0.2}),
+    (SUM, {"parts": (SUM.parts[0], SUM.parts[1].model_copy(update={"weight": 0.5}))}),
     *[
         (Grl(), change)
         for change in (
@@ -91,6 +108,7 @@ FIELDS = [
             {"beta": 0.4},
             {"label_smoothing": 0.2},
             {"generation_temperature": 0.1},
+            {"preference_loss": "ipo"},
         )
     ],
 ]
@@ -111,10 +129,32 @@ def test_every_field_changes_the_gradient(objective: Objective, change: dict[str
 
 
 def test_every_field_is_among_those_tried() -> None:
-    for kind in (Contrastive, Grl):
+    for kind in map(partial(component_class, "ullme.objectives"), KINDS):
         assert {field for value, change in FIELDS if isinstance(value, kind) for field in change} == set(kind.model_fields) - {
             "kind"
         }
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"kind": "sum", "parts": [PARTS[0]]}, "at least 2 items"),
+        ({"kind": "sum", "parts": [PARTS[0], PARTS[0]]}, "expected each kind once, got contrastive twice"),
+        ({"kind": "preference", "loss": "hinge", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
+        ({"kind": "grl", "preference_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is defined for preference_loss"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        resolve("ullme.objectives", spec)
+
+
+def test_embeddings_at_right_angles_are_spread_out_and_queries_of_one_target_are_no_pair() -> None:
+    rows = torch.eye(4)
+    apart = Representations(rows[:2], rows[2:], torch.tensor([[0], [1]]), torch.zeros(2, 2, dtype=torch.bool))
+    assert SpreadOut().batch_loss(apart, None)["spread_out"].item() == 0
+    near = Representations(rows[[0, 0]], rows[[2, 3]], torch.tensor([[0], [0]]), torch.zeros(2, 2, dtype=torch.bool))
+    assert SpreadOut().batch_loss(near, None)["spread_out"].item() == 1  # the queries alone
 
 
 def test_a_known_positive_and_a_passage_shared_as_target_are_never_pushed_away() -> None:

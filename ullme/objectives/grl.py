@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ullme.objectives import Objective
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from ullme.gradcache import CandidateLogprobs, Representations
 
-__all__ = ["Grl"]
+__all__ = ["Grl", "PreferenceLoss", "preference_term"]
+
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 
 
 class Grl(Objective):
@@ -21,7 +23,8 @@ class Grl(Objective):
 
     P_r = softmax(s_r / tau) and P_g = softmax(s_g / tau_g), detached, over the query's own candidates: its positive and hard
     negatives. s_r = cosine; s_g = mean log pi(p_t | prompt, q, p_<t) over the passage's tokens only. L_DPO is on summed
-    log-probabilities against the reference (adapters off), averaged over the query's negatives.
+    log-probabilities against the reference (adapters off), averaged over the query's negatives; `preference_loss` takes another
+    form in its place (see `ullme.losses.preference`).
 
     At tau_g = 1 the differences of s_g are well below 1 nat, P_g is close to uniform and the KL flattens P_r; its entropy is
     logged as `generation_entropy`.
@@ -32,9 +35,18 @@ class Grl(Objective):
     kl_weight: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=0.05, gt=0)
     in_batch: bool = True
+    preference_loss: PreferenceLoss = "sigmoid"
     beta: float = Field(default=0.1, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     generation_temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _smoothed_where_defined(self) -> Grl:
+        if self.label_smoothing and self.preference_loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing is defined for preference_loss: sigmoid, not for {self.preference_loss}; leave it at 0"
+            )
+        return self
 
     @property
     def uses_generation(self) -> bool:
@@ -75,20 +87,23 @@ class Grl(Objective):
         return terms
 
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
-        """`preference`: DPO of the positive against each present negative, averaged per query."""
-        from ullme.losses import dpo
-
-        if self.preference_weight == 0 or logprobs.reference is None:
+        """`preference`: the positive against each present negative, averaged per query."""
+        if self.preference_weight == 0:
             return {}
-        present = logprobs.present[:, 1:]
-        negatives, reference = logprobs.total[:, 1:], logprobs.reference[:, 1:]
-        losses = dpo(
-            logprobs.total[:, :1].expand_as(negatives),
-            negatives,
-            logprobs.reference[:, :1].expand_as(reference),
-            reference,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
-        count = present.sum(1).clamp_min(1)
-        return {"preference": self.preference_weight * losses.where(present, 0.0).sum(1) / count}
+        loss = preference_term(logprobs, self.preference_loss, beta=self.beta, label_smoothing=self.label_smoothing)
+        return {"preference": self.preference_weight * loss}
+
+
+def preference_term(logprobs: CandidateLogprobs, loss: PreferenceLoss, *, beta: float, label_smoothing: float) -> Tensor:
+    """Float[G]: the positive (column 0) against each present negative, averaged per query; 0 for a query without negatives."""
+    from ullme.losses import preference
+
+    reference = logprobs.reference
+    assert reference is not None
+    policy, tokens = logprobs.total, logprobs.tokens.clamp_min(1)
+    if loss == "ipo":
+        policy, reference = policy / tokens, reference / tokens
+    gain = policy - reference
+    values = preference(gain[:, :1] - gain[:, 1:], loss, beta=beta, label_smoothing=label_smoothing)
+    present = logprobs.present[:, 1:]
+    return values.where(present, 0.0).sum(1) / present.sum(1).clamp_min(1)

@@ -1,0 +1,70 @@
+"""Several objectives at once, each with a weight: `{kind: sum, parts: [{objective: ...}, {objective: ..., weight: 0.1}]}`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, field_validator
+
+from ullme.components import Section, component
+from ullme.objectives import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ullme.gradcache import CandidateLogprobs, Representations
+
+__all__ = ["Part", "Sum"]
+
+
+class Part(Section):
+    """An objective and how much it counts."""
+
+    objective: Annotated[Objective, component("ullme.objectives")]
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Sum(Objective):
+    """L = sum over the parts of weight x loss. Contrastive + SFT and contrastive + preference of ULLME are such sums."""
+
+    parts: tuple[Part, ...] = Field(min_length=2)
+
+    @field_validator("parts")
+    @classmethod
+    def _each_kind_once(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
+        twice = [kind for kind, count in Counter(part.objective.kind for part in value).items() if count > 1]
+        if twice:
+            raise ValueError(f"expected each kind once, got {twice[0]} twice; put their weights together")
+        return value
+
+    @property
+    def uses_generation(self) -> bool:
+        """As soon as one part does."""
+        return any(part.objective.uses_generation for part in self.parts)
+
+    @property
+    def trains_generation(self) -> bool:
+        """As soon as one part does."""
+        return any(part.objective.trains_generation for part in self.parts)
+
+    @property
+    def uses_reference(self) -> bool:
+        """As soon as one part does."""
+        return any(part.objective.uses_reference for part in self.parts)
+
+    def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
+        """The parts' terms, weighted."""
+        return self._weighted([part.objective.batch_loss(representations, generation) for part in self.parts])
+
+    def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
+        """The parts' terms per query, weighted."""
+        return self._weighted([part.objective.generation_loss(logprobs) for part in self.parts])
+
+    def _weighted(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Terms of the same name (the contrastive one of `grl`, too) add up."""
+        terms: dict[str, Tensor] = {}
+        for part, losses in zip(self.parts, found, strict=True):
+            for name, value in losses.items():
+                terms[name] = terms[name] + part.weight * value if name in terms else part.weight * value
+        return terms
