@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from toys import gradients, tiny_encoder, toy_batch
 
 from ullme.components import component_class, kinds, resolve
+from ullme.errors import ConfigError
 from ullme.gradcache import CandidateLogprobs, Representations, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
@@ -26,11 +27,12 @@ PARTS = [{"objective": "contrastive"}, {"objective": {"kind": "sft"}, "weight": 
 
 def spec_of(kind: str) -> dict[str, Any]:
     """The kind with its defaults, and what it requires."""
-    return {"kind": kind} | ({"parts": PARTS} if kind == "sum" else {})
+    required = {"sum": {"parts": PARTS}, "matryoshka": {"objective": "grl", "dims": [8, 4]}}
+    return {"kind": kind} | required.get(kind, {})
 
 
 def test_the_folder_holds_the_known_kinds() -> None:
-    assert {"contrastive", "grl", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
+    assert {"contrastive", "grl", "matryoshka", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +89,10 @@ def test_values_out_of_range_are_refused(spec: dict[str, Any]) -> None:
 
 
 SUM: Any = resolve("ullme.objectives", spec_of("sum"))
+NESTED: Any = resolve("ullme.objectives", spec_of("matryoshka"))
 FIELDS = [
+    (NESTED, {"dims": (64,)}),
+    (NESTED, {"objective": Contrastive(kind="contrastive")}),
     (Contrastive(), {"temperature": 0.2}),
     (Contrastive(), {"in_batch": False}),
     (Contrastive(), {"symmetric": True}),
@@ -139,6 +144,7 @@ def test_every_field_is_among_those_tried() -> None:
     ("spec", "said"),
     [
         ({"kind": "sum", "parts": [PARTS[0]]}, "at least 2 items"),
+        ({"kind": "matryoshka", "objective": "grl", "dims": [8, 8]}, "expected each length once"),
         ({"kind": "sum", "parts": [PARTS[0], PARTS[0]]}, "expected each kind once, got contrastive twice"),
         ({"kind": "preference", "loss": "hinge", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
         ({"kind": "grl", "preference_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is defined for preference_loss"),
@@ -155,6 +161,12 @@ def test_embeddings_at_right_angles_are_spread_out_and_queries_of_one_target_are
     assert SpreadOut().batch_loss(apart, None)["spread_out"].item() == 0
     near = Representations(rows[[0, 0]], rows[[2, 3]], torch.tensor([[0], [0]]), torch.zeros(2, 2, dtype=torch.bool))
     assert SpreadOut().batch_loss(near, None)["spread_out"].item() == 1  # the queries alone
+
+
+def test_a_length_beyond_the_embedding_is_refused() -> None:
+    held = Representations(torch.eye(2), torch.eye(2), torch.tensor([[0], [1]]), torch.zeros(2, 2, dtype=torch.bool))
+    with pytest.raises(ConfigError, match=r"matryoshka.dims: expected at most 2, the embedding's length, got 8"):
+        NESTED.batch_loss(held, None)
 
 
 def test_a_known_positive_and_a_passage_shared_as_target_are_never_pushed_away() -> None:
