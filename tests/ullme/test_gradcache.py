@@ -37,6 +37,11 @@ OBJECTIVES: dict[str, Objective] = {
     "contrastive": Contrastive(temperature=0.1),
     "own candidates": Contrastive(temperature=0.1, in_batch=False),
     "symmetric": Contrastive(temperature=0.1, symmetric=True),
+    "all pairs": Contrastive(temperature=0.1, all_pairs=True),
+    "hard all": Contrastive(temperature=0.1, hardness=5),
+    "hard in batch": Contrastive(temperature=0.1, hardness=5, hardness_of="in_batch_negatives"),
+    "hard mined": Contrastive(temperature=0.1, hardness=5, hardness_of="hard_negatives", all_pairs=True),
+    "false negatives": Contrastive(temperature=0.1, false_negative_margin=0.01),
     "grl": GRL,
     "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
     "sft": Sft(kind="sft"),
@@ -75,13 +80,31 @@ def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
     return torch.logsumexp(torch.stack(logits), 0) - logits[target]
 
 
-def contrastive_plainly(objective: Contrastive | Grl, scores: Tensor, batch: TrainBatch) -> Tensor:
+def contrastive_plainly(
+    objective: Contrastive | Grl, scores: Tensor, batch: TrainBatch, queries: Tensor, documents: Tensor
+) -> Tensor:
+    plain = Contrastive() if isinstance(objective, Grl) else objective
     terms = []
     for q in range(len(scores)):
         target = int(batch.candidates[q, 0])
-        columns = range(scores.shape[1]) if objective.in_batch else sorted({int(c) for c in batch.candidates[q] if c >= 0})
+        own = {int(c) for c in batch.candidates[q] if c >= 0}
+        columns = range(scores.shape[1]) if objective.in_batch else sorted(own)
         kept = [c for c in columns if not batch.known[q, c]]
-        terms.append(cross_entropy([scores[q, c] / objective.temperature for c in kept], kept.index(target)))
+        if plain.false_negative_margin is not None:
+            kept = [c for c in kept if c == target or scores[q, c] <= scores[q, target] + plain.false_negative_margin]
+        hard = {"all_negatives": set(kept), "hard_negatives": own, "in_batch_negatives": set(kept) - own}[plain.hardness_of]
+        logits = [
+            scores[q, c] / objective.temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
+            for c in kept
+        ]
+        if plain.all_pairs:
+            targets = [int(column) for column in batch.candidates[:, 0]]
+            others = [o for o in range(len(scores)) if targets[o] != target]
+            extra = [queries[q] @ queries[o] for o in others]
+            extra += [scores[o, target] for o in range(len(scores)) if o == q or (o in others and not batch.known[o, target])]
+            extra += [documents[target] @ documents[c] for c in range(len(documents)) if c not in own and not batch.known[q, c]]
+            logits += [value / objective.temperature for value in extra]
+        terms.append(cross_entropy(logits, kept.index(target)))
     loss = torch.stack(terms).mean()
     if isinstance(objective, Contrastive) and objective.symmetric:
         mirrored = []
@@ -150,7 +173,7 @@ def terms_plainly(
         parts = [(part.weight, terms_plainly(part.objective, batch, queries, documents, generation)) for part in objective.parts]
         return {name: weight * value for weight, terms in parts for name, value in terms.items()}
     if isinstance(objective, Contrastive):
-        return {"contrastive": contrastive_plainly(objective, scores, batch)}
+        return {"contrastive": contrastive_plainly(objective, scores, batch, queries, documents)}
     if isinstance(objective, SpreadOut):
         targets = [int(column) for column in batch.candidates[:, 0]]
         apart = spread_out_plainly(queries, list(range(len(queries)))) + spread_out_plainly(documents[targets], targets)
@@ -170,7 +193,7 @@ def terms_plainly(
         student = scores[of.query, own] / objective.temperature
         kl.append((teacher.softmax(0) * (teacher.log_softmax(0) - student.log_softmax(0))).sum())
     return {
-        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch),
+        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch, queries, documents),
         "preference": objective.preference_weight * preference,
         "kl": objective.kl_weight * torch.stack(kl).mean(),
     }

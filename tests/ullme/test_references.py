@@ -70,6 +70,22 @@ def test_contrastive_is_their_ranking_loss(temperature: float) -> None:
     same(loss, mine, theirs("MultipleNegativesRankingLoss", their, scale=1 / temperature), their)
 
 
+@pytest.mark.parametrize("hardness_of", ["all_negatives", "in_batch_negatives", "hard_negatives"])
+def test_hardness_is_theirs(hardness_of: str) -> None:
+    mine, their = columns(), columns()
+    loss = ours({"kind": "contrastive", "hardness": 5, "hardness_of": hardness_of}, mine)
+    same(loss, mine, theirs("MultipleNegativesRankingLoss", their, hardness_mode=hardness_of, hardness_strength=5.0), their)
+
+
+@pytest.mark.parametrize(("field", "sides"), [("symmetric", ()), ("all_pairs", ("query_to_query", "doc_to_doc"))])
+def test_both_directions_are_theirs(field: str, sides: tuple[str, ...]) -> None:
+    mine, their = columns(), columns()
+    directions = ("query_to_doc", "doc_to_query", *sides)
+    mode = "joint" if sides else "per_direction"
+    other = theirs("MultipleNegativesRankingLoss", their, directions=directions, partition_mode=mode)
+    same(ours({"kind": "contrastive", field: True}, mine), mine, other, their)
+
+
 def test_matryoshka_is_theirs_averaged() -> None:
     mine, their = columns(), columns()
     dims = (16, 8, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,16 +21,29 @@ class Contrastive(Objective):
 
     The sum runs over every passage of the batch (`in_batch: true`) or over the query's own candidates; known positives of
     the query other than its target never stand in it. `symmetric` averages with the same loss from passages to queries.
+    `all_pairs` adds the query's cosines with other queries, and its target's with all queries and with the passages of other
+    queries, to the one sum (GTE, arXiv 2308.03281, section 3.3).
+
+    hardness: alpha s(q,p), without gradient, is added to the logits of the negatives that `hardness_of` names, so that near
+    ones weigh more: all of them or those in the batch (LLaVE, arXiv 2503.04812, eq. 5), or the mined ones (EmbeddingGemma,
+    arXiv 2509.20354). false_negative_margin: passages whose cosine exceeds the target's by more leave the sum; null: none.
     """
 
     temperature: float = Field(default=0.05, gt=0)
     in_batch: bool = True
     symmetric: bool = False
+    all_pairs: bool = False
+    hardness: float = Field(default=0.0, ge=0)
+    hardness_of: Literal["all_negatives", "in_batch_negatives", "hard_negatives"] = "all_negatives"
+    false_negative_margin: float | None = None
 
     @model_validator(mode="after")
-    def _both_ways_need_the_batch(self) -> Contrastive:
-        if self.symmetric and not self.in_batch:
-            raise ValueError("symmetric: true compares a passage with the batch's other queries, so it needs in_batch: true")
+    def _compares_with_the_batch_in_one_way(self) -> Contrastive:
+        for name in ("symmetric", "all_pairs"):
+            if getattr(self, name) and not self.in_batch:
+                raise ValueError(f"{name}: true compares with the batch's other queries, so it needs in_batch: true")
+        if self.symmetric and self.all_pairs:
+            raise ValueError("symmetric and all_pairs are two ways of comparing both sides; set one of them")
         return self
 
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
@@ -40,14 +53,32 @@ class Contrastive(Objective):
 
         from ullme.losses import info_nce
 
-        similarity = representations.queries @ representations.documents.T
+        queries, documents, target = representations.queries, representations.documents, representations.target
+        rows = torch.arange(len(target), device=target.device)
+        similarity = queries @ documents.T
         ignored = representations.known if self.in_batch else ~representations.own | representations.known
-        loss = info_nce(similarity, representations.target, ignored, temperature=self.temperature).mean()
+        if self.false_negative_margin is not None:
+            positive = similarity.detach()[rows, target].unsqueeze(1)
+            ignored = ignored | (similarity.detach() > positive + self.false_negative_margin)
+            ignored[rows, target] = False
+        scores = similarity
+        if self.hardness > 0:
+            scores = similarity + self.temperature * self.hardness * (similarity.detach() * self._weighted(representations))
+        backward = similarity[:, target].T
+        same = target.unsqueeze(0) == target.unsqueeze(1)
+        mirrored = representations.known[:, target].T | (same & (rows.unsqueeze(0) != rows.unsqueeze(1)))
+        if self.all_pairs:
+            scores = torch.cat([scores, queries @ queries.T, backward, documents[target] @ documents.T], dim=1)
+            ignored = torch.cat([ignored, same, mirrored, representations.own | representations.known], dim=1)
+        loss = info_nce(scores, target, ignored, temperature=self.temperature).mean()
         if self.symmetric:
-            backward = similarity[:, representations.target].T
-            target = representations.target
-            diagonal = torch.arange(len(target), device=target.device)
-            shared = (target.unsqueeze(0) == target.unsqueeze(1)) & (diagonal.unsqueeze(0) != diagonal.unsqueeze(1))
-            mirrored = representations.known[:, target].T | shared
-            loss = (loss + info_nce(backward, diagonal, mirrored, temperature=self.temperature).mean()) / 2
+            loss = (loss + info_nce(backward, rows, mirrored, temperature=self.temperature).mean()) / 2
         return {"contrastive": loss}
+
+    def _weighted(self, representations: Representations) -> Tensor:
+        """Bool[Q C]: the negatives whose hardness counts."""
+        negatives = ~representations.known
+        negatives[range(len(negatives)), representations.target] = False
+        if self.hardness_of == "all_negatives":
+            return negatives
+        return negatives & (representations.own if self.hardness_of == "hard_negatives" else ~representations.own)
