@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError
+from ullme.generation import GenerationScore, Logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
 
@@ -36,7 +37,9 @@ class TrainBatch:
     candidates: Int[Q K], positions in `documents`: column 0 the target, then hard negatives, -1 where there are fewer.
     known: Bool[Q C], True where document c is a positive of query q but not its target.
     scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
-    them the condition's tokens and its K candidates' tokens (empty where missing).
+    them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
+    alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
+    Float[G K], the score as it was stored, or None.
     """
 
     query_ids: Sequence[str]
@@ -47,6 +50,10 @@ class TrainBatch:
     scored: Sequence[int] = ()
     prompts: Sequence[Sequence[int]] = ()
     passages: Sequence[Sequence[Sequence[int]]] = ()
+    score: GenerationScore = "passage_given_query"
+    alone: Sequence[Sequence[TokenRow | None]] = ()
+    questions: Sequence[Sequence[TokenRow | None]] = ()
+    teacher: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ class CandidateLogprobs:
     """Log-probabilities of candidates given their query, for some queries of the batch.
 
     rows: Int[G] positions of these queries; total: Float[G K] summed over the passage's tokens; tokens: Int[G K] their
-    number; reference: the same sums under the reference model, or None; present: Bool[G K].
+    number; reference: the same sums under the reference model, or None; present: Bool[G K]; teacher: Float[G K], a generation
+    score other than the mean, or None.
     """
 
     rows: Int[Tensor, " G"]
@@ -84,11 +92,17 @@ class CandidateLogprobs:
     tokens: Int[Tensor, "G K"]
     present: Bool[Tensor, "G K"]
     reference: Float[Tensor, "G K"] | None = None
+    teacher: Float[Tensor, "G K"] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "G K"]:
         """Per-token log-probability: ULLME's generation score."""
         return self.total / self.tokens.clamp_min(1)
+
+    @property
+    def score(self) -> Float[Tensor, "G K"]:
+        """The generation score that the alignment reads."""
+        return self.mean if self.teacher is None else self.teacher
 
 
 @dataclass(frozen=True)
@@ -157,9 +171,9 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
 
     health |= _health(representations)
     if generation is not None:
-        temperature = float(getattr(objective, "generation_temperature", 1.0))
-        scores = generation.mean
-        health["generation_entropy"] = float(entropy(scores, generation.present, temperature=temperature).mean())
+        scores = generation.score
+        spread = entropy(scores, generation.present, temperature=objective.teacher_temperature)
+        health["generation_entropy"] = float(spread.mean())
         best = scores.masked_fill(~generation.present, float("-inf")).argmax(1)
         health["generation_accuracy"] = float((best == 0).float().mean())
     return StepReport(terms, health, tokens)
@@ -168,12 +182,42 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
 def _generation(
     encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int, terms: dict[str, float]
 ) -> tuple[CandidateLogprobs, int]:
-    """Score the candidates of the chosen queries; backward of the per-query terms chunk by chunk."""
+    """Score the candidates of the chosen queries; backward of the per-query terms chunk by chunk. Also the tokens it took."""
+    rows = passage_rows(batch.prompts, batch.passages)
+    stored, reads = batch.teacher, objective.uses_teacher and batch.teacher is None
+    found, tokens = _nothing(encoder, batch, rows), 0
+    if objective.trains_generation or objective.uses_reference or (reads and batch.score != "query_given_passage"):
+        found, tokens = _passages(encoder, objective, batch, rows, chunk_tokens=chunk_tokens, terms=terms)
+    if stored is not None:
+        found = replace(found, teacher=torch.as_tensor(stored, device=encoder.device))
+    elif reads and batch.score != "passage_given_query":
+        given = Logprobs(found.total, found.tokens, 0)
+        teacher, cost = teacher_scores(
+            encoder, batch.score, given=given, alone=batch.alone, questions=batch.questions, chunk_tokens=chunk_tokens
+        )
+        found, tokens = replace(found, teacher=teacher), tokens + cost
+    return found, tokens
+
+
+def _nothing(encoder: Encoder, batch: TrainBatch, rows: Sequence[Sequence[TokenRow | None]]) -> CandidateLogprobs:
+    """Which candidates there are, unscored."""
+    device = encoder.device
+    present = torch.tensor([[row is not None for row in group] for group in rows], device=device)
+    zeros = torch.zeros(present.shape, device=device)
+    return CandidateLogprobs(torch.tensor(list(batch.scored), device=device), zeros, zeros.long(), present)
+
+
+def _passages(
+    encoder: Encoder,
+    objective: Objective,
+    batch: TrainBatch,
+    grouped: Sequence[Sequence[TokenRow | None]],
+    *,
+    chunk_tokens: int,
+    terms: dict[str, float],
+) -> tuple[CandidateLogprobs, int]:
+    """log pi(p | q) of every candidate, with the backward of the terms that train on it."""
     width = batch.candidates.shape[1]
-    grouped: list[list[TokenRow | None]] = [
-        [TokenRow([*prompt, *passage], len(prompt)) if passage else None for passage in passages]
-        for prompt, passages in zip(batch.prompts, batch.passages, strict=True)
-    ]
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
     parts: list[CandidateLogprobs] = []
     order: list[int] = []

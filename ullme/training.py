@@ -12,28 +12,27 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage, digest_of, sync, write_atomic
 from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
-from ullme.errors import DataError, NotFinite
+from ullme.errors import NotFinite
 from ullme.objectives import Objective
 from ullme.progress import Progress
+from ullme.sampling import Sampler
 
 if TYPE_CHECKING:
     import torch
 
     from ullme.encoder import Encoder, Role
-    from ullme.gradcache import TrainBatch
 
-__all__ = ["TRAIN", "GenerationConfig", "LoraConfig", "PhaseConfig", "Sampler", "TrainConfig", "train"]
+__all__ = ["TRAIN", "GenerationConfig", "LoraConfig", "PhaseConfig", "TrainConfig", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +55,24 @@ class LoraConfig(Section):
 class GenerationConfig(Section):
     """How the language model scores a candidate: log pi(passage | template with the query)."""
 
+    score: Literal["passage_given_query", "pmi", "query_given_passage", "sum"] = "passage_given_query"
+    """What the alignment of GRL reads (see `ullme.generation`); passage_given_query is ULLME's."""
+    teacher: Literal["live", "frozen"] = "live"
+    """live: the model scores as it is at that step; frozen: as it was when the phase began, once per candidate, stored."""
     template: str = "{query}\n"
+    passage_template: str = "{passage}\n"
+    """What stands before the query in query_given_passage and sum."""
     passage_tokens: int = Field(default=128, ge=1)
     """Longest passage that is scored; the rest is cut."""
     queries: int | None = Field(default=None, ge=1)
     """Queries of each batch whose candidates are scored (seeded choice); null: all. Fewer cost less and are noisier."""
 
-    @field_validator("template")
+    @field_validator("template", "passage_template")
     @classmethod
-    def _has_query(cls, value: str) -> str:
-        if value.count("{query}") != 1 or value.replace("{query}", "").count("{") or not value.strip():
-            raise ValueError("expected a text with {query} in it once, and no other braces")
+    def _has_its_place_once(cls, value: str, info: ValidationInfo) -> str:
+        place = "{query}" if info.field_name == "template" else "{passage}"
+        if value.count(place) != 1 or value.replace(place, "").count("{"):
+            raise ValueError(f"expected a text with {place} in it once, and no other braces")
         return value
 
 
@@ -126,96 +132,6 @@ class TrainConfig(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Which examples, positives, negatives and scored queries make up a step: a pure function of (seed, phase, step)."""
-
-    examples: Sequence[Example]
-    phase: PhaseConfig
-    seed: int
-    phase_index: int = 0
-
-    def __post_init__(self) -> None:
-        if len(self.examples) < 2:
-            raise DataError(f"training: expected at least 2 examples, got {len(self.examples)}; look at the data stage's counts")
-
-    @cached_property
-    def batch_size(self) -> int:
-        """Queries per step: as configured, or all the examples there are."""
-        return min(self.phase.batch_size, len(self.examples))
-
-    def positions(self, step: int) -> list[int]:
-        """Examples of a step. Epochs are permutations laid end to end, so no example is left over."""
-        start = step * self.batch_size
-        chosen: list[int] = []
-        while len(chosen) < self.batch_size:
-            epoch, offset = divmod(start + len(chosen), len(self.examples))
-            order = np.random.default_rng([self.seed, self.phase_index, epoch]).permutation(len(self.examples))
-            fresh = [int(p) for p in order[offset : offset + self.batch_size - len(chosen)]]
-            chosen.extend(fresh)
-        return chosen
-
-    def draw(self, step: int) -> list[tuple[Example, int, list[int]]]:
-        """(example, which positive, which negatives) for every query of a step."""
-        random = np.random.default_rng([self.seed, self.phase_index, step, 1])
-        drawn = []
-        for position in self.positions(step):
-            example = self.examples[position]
-            positive = int(random.integers(len(example.positives)))
-            count = min(self.phase.num_negatives, len(example.negatives))
-            drawn.append((example, positive, sorted(int(n) for n in random.choice(len(example.negatives), count, replace=False))))
-        return drawn
-
-    def scored(self, step: int) -> list[int]:
-        """Queries of a step (positions in the batch) whose candidates the language model scores."""
-        count = min(self.phase.generation.queries or self.batch_size, self.batch_size)
-        random = np.random.default_rng([self.seed, self.phase_index, step, 2])
-        return sorted(int(p) for p in random.choice(self.batch_size, count, replace=False))
-
-    def batch(self, step: int, encoder: Encoder) -> TrainBatch:
-        """Token rows of a step. A passage that several queries share is encoded once."""
-        from ullme.gradcache import TrainBatch
-
-        drawn = self.draw(step)
-        column: dict[str, int] = {}
-        texts: list[str] = []
-        candidates = np.full((len(drawn), 1 + self.phase.num_negatives), -1, dtype=np.int64)
-        for row, (example, positive, negatives) in enumerate(drawn):
-            chosen = [(example.positive_ids[positive], example.positives[positive])]
-            chosen += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
-            for place, (identifier, text) in enumerate(chosen):
-                if identifier not in column:
-                    column[identifier] = len(texts)
-                    texts.append(text)
-                candidates[row, place] = column[identifier]
-        known = np.zeros((len(drawn), len(texts)), dtype=bool)
-        for row, (example, _, _) in enumerate(drawn):
-            for identifier in example.positive_ids:
-                if identifier in column and column[identifier] != candidates[row, 0]:
-                    known[row, column[identifier]] = True
-        scored = self.scored(step) if self.phase.objective.uses_generation else []
-        settings, dataset = self.phase.generation, self.examples[0].dataset
-        tokenizer = encoder.tokenizer
-        bodies = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)["input_ids"]
-        scored = [row for row in scored if bodies[candidates[row, 0]]]  # a passage without a token has no probability
-        prompts = [tokenizer(settings.template.format(query=drawn[row][0].query))["input_ids"] for row in scored]
-        return TrainBatch(
-            query_ids=[example.query_id for example, _, _ in drawn],
-            queries=encoder.tokenise(
-                [example.query for example, _, _ in drawn],
-                "query",
-                dataset=dataset,
-                instructions=[example.instruction for example, _, _ in drawn],
-            ),
-            documents=encoder.tokenise(texts, "document", dataset=dataset),
-            candidates=candidates,
-            known=known,
-            scored=scored,
-            prompts=prompts,
-            passages=[[bodies[c] if c >= 0 else [] for c in candidates[row]] for row in scored],
-        )
-
-
 def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     """Stage: base model + examples -> a model artifact of the same form, its metrics under logs/.
 
@@ -247,9 +163,11 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     started = time.monotonic()
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
     before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample, section.runtime))
+    samplers: dict[int, Sampler] = {}
     for phase, step in loop.positions():
-        sampler = Sampler(examples, section.phases[phase], draft.seed, phase)
-        loop.advance(sampler, phase, step)
+        if phase not in samplers:
+            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase))}
+        loop.advance(samplers[phase], phase, step)
     encoder.model.eval()
     if section.adapter is not None and section.generation_adapter is None:
         encoder.save_adapter(draft.path / "adapter")
@@ -260,6 +178,8 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         encoder.merge_adapter()
     encoder.save(draft.path)
     write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
+    qualities = [loop.recalled(f"quality-{phase}") for phase in range(len(section.phases))]
+    write_atomic(logs / "teacher.json", json.dumps([quality for quality in qualities if quality is not None]))
     shutil.copy(loop.metrics_file, logs / "metrics.jsonl")
     draft.meta |= {
         "dim": encoder.dim,
@@ -347,6 +267,25 @@ class Loop:
         logger.info(
             "step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"]
         )
+
+    def taught(self, sampler: Sampler) -> Sampler:
+        """The sampler of a phase that begins or goes on: its teacher measured, and scored where it is frozen."""
+        from ullme import teacher
+
+        phase, number = sampler.phase, sampler.phase_index
+        if not phase.objective.uses_teacher:
+            return sampler
+        self._encoder.model.eval()
+        budget = self._section.runtime.chunk_tokens
+        if self.recalled(f"quality-{number}") is None:
+            found = teacher.measure(self._encoder, sampler, chunk_tokens=budget)
+            self.remember(f"quality-{number}", {"phase": number, "score": phase.generation.score, **asdict(found)})
+            teacher.report(found, phase.generation.score)
+        if phase.generation.teacher == "live":
+            return sampler
+        name = f"teacher-{number}"
+        stored = self.recalled(name) or self.remember(name, teacher.frozen(self._encoder, sampler, chunk_tokens=budget))
+        return replace(sampler, teacher=stored)
 
     def remember(self, name: str, value: Any) -> Any:
         """Keep a value across a crash."""

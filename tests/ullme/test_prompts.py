@@ -20,9 +20,10 @@ from ullme.encoding import ENCODE, EncodeConfig
 from ullme.errors import ConfigError, ContractError
 from ullme.prompts import DatasetPrompts, PromptConfig, Prompts
 from ullme.rankers import MiningContext, model_vectors
+from ullme.sampling import Sampler
 from ullme.systems import VectorSystem
 from ullme.tiny import byte_tokenizer, tiny_causal_lm
-from ullme.training import PhaseConfig, Sampler
+from ullme.training import PhaseConfig
 
 INSTRUCT = PromptConfig(query="Instruct: {instruction}\nQuery: {text}", document="{text}", instruction="Find the passage")
 CHAT = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[answer]\n{% endif %}"

@@ -20,7 +20,8 @@ from ullme.data import Example, read_examples
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, DataError, NotFinite
 from ullme.prompts import PromptConfig
-from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, Sampler, TrainConfig
+from ullme.sampling import Sampler
+from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, TrainConfig
 
 PHASE: dict[str, Any] = {"objective": "contrastive", "steps": 3, "batch_size": 4, "num_negatives": 2, "learning_rate": 0.01}
 GRL: dict[str, Any] = {**PHASE, "objective": "grl", "generation": {"passage_tokens": 12, "queries": 2}}
@@ -146,7 +147,7 @@ def test_a_batch_shares_passages_marks_known_positives_and_keeps_rows_together()
 
 def test_plain_contrastive_learning_scores_nothing() -> None:
     batch = sampler(objective="contrastive").batch(0, tiny_encoder())
-    assert (batch.scored, batch.prompts, batch.passages) == ([], [], [])
+    assert (batch.scored, batch.prompts, batch.passages) == ((), (), ())
 
 
 def test_a_single_example_is_not_enough() -> None:
@@ -255,8 +256,9 @@ class Killed(BaseException):
     """What the operating system does to a process."""
 
 
+FROZEN = {**GRL, "generation": {**GRL["generation"], "score": "sum", "teacher": "frozen"}}
 TWO_PHASES = config(
-    GRL, {**PHASE, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
+    FROZEN, {**PHASE, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
 )
 
 
@@ -392,7 +394,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 # The key
 
 
-BASE = config({**GRL, "warmup_share": 0.0})
+BASE = config({**GRL, "warmup_share": 0.0, "generation": {**GRL["generation"], "score": "sum"}})
 CHANGES: list[tuple[str, str, Any]] = [
     ("phase", "objective", {"kind": "grl", "beta": 0.5}),
     ("phase", "steps", 4),
@@ -406,6 +408,9 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("generation", "template", "Q: {query}\nA:"),
     ("generation", "passage_tokens", 5),
     ("generation", "queries", 3),
+    ("generation", "score", "pmi"),
+    ("generation", "teacher", "frozen"),
+    ("generation", "passage_template", "P: {passage}\nQ:"),
     ("adapter", "rank", 3),
     ("adapter", "alpha", 8),
     ("adapter", "dropout", 0.3),

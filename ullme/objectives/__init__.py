@@ -36,6 +36,16 @@ class Objective(Component):
         """True when the log-probabilities under the reference model (adapters off) are needed too."""
         return False
 
+    @property
+    def uses_teacher(self) -> bool:
+        """True when `batch_loss` reads the generation score of the candidates."""
+        return False
+
+    @property
+    def teacher_temperature(self) -> float:
+        """What the generation score is divided by before its softmax."""
+        return 1.0
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """Scalar terms of the whole batch; `generation` holds detached log-probabilities of its chosen queries."""
         raise NotImplementedError

@@ -22,7 +22,8 @@ class Grl(Objective):
     """L = w_cl L_CL + w_pref L_DPO + w_kl KL(P_g || P_r) (arXiv 2408.03402, section 2.3; weights 1 / 0.5 / 1 as released).
 
     P_r = softmax(s_r / tau) and P_g = softmax(s_g / tau_g), detached, over the query's own candidates: its positive and hard
-    negatives. s_r = cosine; s_g = mean log pi(p_t | prompt, q, p_<t) over the passage's tokens only. L_DPO is on summed
+    negatives. s_r = cosine; s_g = mean log pi(p_t | prompt, q, p_<t) over the passage's tokens only, or another generation score
+    (`generation.score` of the phase). L_DPO is on summed
     log-probabilities against the reference (adapters off), averaged over the query's negatives; `preference_loss` takes another
     form in its place (see `ullme.losses.preference`).
 
@@ -63,6 +64,16 @@ class Grl(Objective):
         """The preference term compares with the reference model."""
         return self.preference_weight > 0
 
+    @property
+    def uses_teacher(self) -> bool:
+        """The alignment does."""
+        return self.kl_weight > 0
+
+    @property
+    def teacher_temperature(self) -> float:
+        """That of the alignment."""
+        return self.generation_temperature
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """`contrastive` over the batch and `kl` over the queries whose candidates were scored."""
         from ullme.losses import info_nce, kl_alignment
@@ -78,7 +89,7 @@ class Grl(Objective):
             scores = similarity[generation.rows].gather(1, own.clamp_min(0))
             loss = kl_alignment(
                 scores,
-                generation.mean,
+                generation.score,
                 generation.present,
                 temperature=self.temperature,
                 generation_temperature=self.generation_temperature,

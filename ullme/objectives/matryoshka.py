@@ -50,6 +50,16 @@ class Matryoshka(Objective):
         """As the inner objective does."""
         return self.objective.uses_reference
 
+    @property
+    def uses_teacher(self) -> bool:
+        """As the inner objective does."""
+        return self.objective.uses_teacher
+
+    @property
+    def teacher_temperature(self) -> float:
+        """The inner objective's."""
+        return self.objective.teacher_temperature
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """The inner terms, averaged over the lengths.
 

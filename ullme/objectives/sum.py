@@ -53,6 +53,16 @@ class Sum(Objective):
         """As soon as one part does."""
         return any(part.objective.uses_reference for part in self.parts)
 
+    @property
+    def uses_teacher(self) -> bool:
+        """As soon as one part does."""
+        return any(part.objective.uses_teacher for part in self.parts)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """That of the first part that reads the score."""
+        return next((part.objective.teacher_temperature for part in self.parts if part.objective.uses_teacher), 1.0)
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """The parts' terms, weighted."""
         return self._weighted([part.objective.batch_loss(representations, generation) for part in self.parts])

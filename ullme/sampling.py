@@ -1,0 +1,187 @@
+"""Which examples, positives, negatives and scored queries make up a training step, and their token rows.
+
+All of it is a pure function of (seed, phase, step), so a run that was interrupted goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ullme.data import Example
+from ullme.errors import DataError
+
+if TYPE_CHECKING:
+    from ullme.encoder import Encoder
+    from ullme.gradcache import TrainBatch
+    from ullme.training import PhaseConfig
+
+__all__ = ["Asked", "Sampler"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query whose candidates the language model scores. candidates: (id, text), the positive first; None = there is none."""
+
+    query_id: str
+    query: str
+    candidates: Sequence[tuple[str, str] | None]
+
+    def pair(self, identifier: str) -> str:
+        """Name of a stored score."""
+        return f"{self.query_id}\t{identifier}"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which examples, positives, negatives and scored queries make up a step: a pure function of (seed, phase, step)."""
+
+    examples: Sequence[Example]
+    phase: PhaseConfig
+    seed: int
+    phase_index: int = 0
+    teacher: Mapping[str, float] | None = None
+    """The stored generation score by `Asked.pair`, where the teacher is frozen."""
+
+    def __post_init__(self) -> None:
+        if len(self.examples) < 2:
+            raise DataError(f"training: expected at least 2 examples, got {len(self.examples)}; look at the data stage's counts")
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Queries per step: as configured, or all the examples there are."""
+        return min(self.phase.batch_size, len(self.examples))
+
+    def positions(self, step: int) -> list[int]:
+        """Examples of a step. Epochs are permutations laid end to end, so no example is left over."""
+        start = step * self.batch_size
+        chosen: list[int] = []
+        while len(chosen) < self.batch_size:
+            epoch, offset = divmod(start + len(chosen), len(self.examples))
+            order = np.random.default_rng([self.seed, self.phase_index, epoch]).permutation(len(self.examples))
+            fresh = [int(p) for p in order[offset : offset + self.batch_size - len(chosen)]]
+            chosen.extend(fresh)
+        return chosen
+
+    def draw(self, step: int) -> list[tuple[Example, int, list[int]]]:
+        """(example, which positive, which negatives) for every query of a step."""
+        random = np.random.default_rng([self.seed, self.phase_index, step, 1])
+        drawn = []
+        for position in self.positions(step):
+            example = self.examples[position]
+            positive = int(random.integers(len(example.positives)))
+            count = min(self.phase.num_negatives, len(example.negatives))
+            drawn.append((example, positive, sorted(int(n) for n in random.choice(len(example.negatives), count, replace=False))))
+        return drawn
+
+    def scored(self, step: int) -> list[int]:
+        """Queries of a step (positions in the batch) whose candidates the language model scores."""
+        count = min(self.phase.generation.queries or self.batch_size, self.batch_size)
+        random = np.random.default_rng([self.seed, self.phase_index, step, 2])
+        return sorted(int(p) for p in random.choice(self.batch_size, count, replace=False))
+
+    def asked(self, step: int) -> list[Asked]:
+        """The scored queries of a step, with their candidates."""
+        drawn = self.draw(step)
+        found = []
+        for row in self.scored(step):
+            example, positive, negatives = drawn[row]
+            candidates: list[tuple[str, str] | None] = [(example.positive_ids[positive], example.positives[positive])]
+            candidates += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
+            candidates += [None] * (1 + self.phase.num_negatives - len(candidates))
+            found.append(Asked(example.query_id, example.query, candidates))
+        return found
+
+    def batch(self, step: int, encoder: Encoder) -> TrainBatch:
+        """Token rows of a step. A passage that several queries share is encoded once."""
+        from ullme.gradcache import TrainBatch
+
+        drawn = self.draw(step)
+        column: dict[str, int] = {}
+        texts: list[str] = []
+        candidates = np.full((len(drawn), 1 + self.phase.num_negatives), -1, dtype=np.int64)
+        for row, (example, positive, negatives) in enumerate(drawn):
+            chosen = [(example.positive_ids[positive], example.positives[positive])]
+            chosen += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
+            for place, (identifier, text) in enumerate(chosen):
+                if identifier not in column:
+                    column[identifier] = len(texts)
+                    texts.append(text)
+                candidates[row, place] = column[identifier]
+        known = np.zeros((len(drawn), len(texts)), dtype=bool)
+        for row, (example, _, _) in enumerate(drawn):
+            for identifier in example.positive_ids:
+                if identifier in column and column[identifier] != candidates[row, 0]:
+                    known[row, column[identifier]] = True
+        generation: dict[str, Any] = {}
+        if self.phase.objective.uses_generation:
+            generation = self.scoring(self.asked(step), self.scored(step), encoder)
+        dataset = self.examples[0].dataset
+        return TrainBatch(
+            query_ids=[example.query_id for example, _, _ in drawn],
+            queries=encoder.tokenise(
+                [example.query for example, _, _ in drawn],
+                "query",
+                dataset=dataset,
+                instructions=[example.instruction for example, _, _ in drawn],
+            ),
+            documents=encoder.tokenise(texts, "document", dataset=dataset),
+            candidates=candidates,
+            known=known,
+            **generation,
+        )
+
+    def scoring(self, asked: Sequence[Asked], rows: Sequence[int], encoder: Encoder) -> dict[str, Any]:
+        """What the language model reads, as fields of a `TrainBatch`. rows: the queries' places in the batch.
+
+        A query without a token, or whose positive has none, has no probability and is left out.
+        """
+        from ullme.batches import TokenRow
+        from ullme.generation import passage_rows
+
+        settings, tokenizer = self.phase.generation, encoder.tokenizer
+
+        def cut(texts: list[str]) -> list[list[int]]:
+            if not texts:
+                return []
+            return tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)[
+                "input_ids"
+            ]
+
+        flat = iter(cut([found[1] for one in asked for found in one.candidates if found is not None]))
+        bodies = [[next(flat) if found is not None else [] for found in one.candidates] for one in asked]
+        queries = cut([one.query for one in asked])
+        kept = [place for place in range(len(asked)) if bodies[place][0] and queries[place]]
+        passages = [bodies[place] for place in kept]
+        fields: dict[str, Any] = {
+            "scored": [rows[place] for place in kept],
+            "prompts": [tokenizer(settings.template.format(query=asked[place].query))["input_ids"] for place in kept],
+            "passages": passages,
+            "score": settings.score,
+        }
+        if not self.phase.objective.uses_teacher:
+            return fields
+        if self.teacher is not None:
+            return fields | {"teacher": np.array([self._stored(asked[place], self.teacher) for place in kept], dtype=np.float32)}
+        if settings.score in ("pmi", "sum"):
+            start: Any = tokenizer(settings.template.format(query=""))["input_ids"] or [tokenizer.eos_token_id]
+            fields["alone"] = passage_rows([start] * len(kept), passages)
+        if settings.score in ("query_given_passage", "sum"):
+            before, _, after = settings.passage_template.partition("{passage}")
+            first, end = tokenizer(before)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"]
+            fields["questions"] = [
+                [
+                    TokenRow([*first, *body, *end, *queries[place]], len(first) + len(body) + len(end)) if body else None
+                    for body in bodies[place]
+                ]
+                for place in kept
+            ]
+        return fields
+
+    @staticmethod
+    def _stored(one: Asked, teacher: Mapping[str, float]) -> list[float]:
+        return [teacher.get(one.pair(found[0]), 0.0) if found is not None else 0.0 for found in one.candidates]
