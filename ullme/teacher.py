@@ -46,7 +46,8 @@ def report(found: Quality, score: str) -> None:
     if not found.queries:
         logger.info("generation score %s: no query has a negative, so the alignment has nothing to teach", score)
     elif found.near_chance:
-        logger.warning("%s, no better than chance (%s): try generation.score: sum, or kl_weight: 0", said, detail)
+        other = "" if score == "sum" else "generation.score: sum, or "
+        logger.warning("%s, no better than chance (%s): try %skl_weight: 0", said, detail, other)
     else:
         logger.info("%s (%s)", said, detail)
 
