@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +20,10 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
 from ullme.losses import entropy
+from ullme.sampling import GenerationScore
 
-__all__ = ["GenerationScore", "Logprobs", "Quality", "logprobs", "passage_rows", "quality", "teacher_scores"]
+__all__ = ["Logprobs", "Quality", "logprobs", "passage_rows", "quality", "teacher_scores"]
 
-GenerationScore = Literal["passage_given_query", "pmi", "query_given_passage", "sum"]
 Rows = Sequence[Sequence[TokenRow | None]]
 
 

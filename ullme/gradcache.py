@@ -23,9 +23,10 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError
-from ullme.generation import GenerationScore, Logprobs, passage_rows, teacher_scores
+from ullme.generation import Logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
+from ullme.sampling import GenerationScore
 
 __all__ = ["CandidateLogprobs", "Representations", "StepReport", "TrainBatch", "step"]
 

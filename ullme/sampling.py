@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ullme.gradcache import TrainBatch
     from ullme.training import PhaseConfig
 
-__all__ = ["Asked", "Sampler"]
+__all__ = ["Asked", "GenerationScore", "Sampler"]
+
+GenerationScore = Literal["passage_given_query", "pmi", "query_given_passage", "sum"]
+"""How the language model rates a candidate (see `ullme.generation`)."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,11 @@ class Sampler:
     def asked(self, step: int) -> list[Asked]:
         """The scored queries of a step, with their candidates."""
         drawn = self.draw(step)
+        width = 1 + self.phase.num_negatives
         found = []
         for row in self.scored(step):
-            example, positive, negatives = drawn[row]
-            candidates: list[tuple[str, str] | None] = [(example.positive_ids[positive], example.positives[positive])]
-            candidates += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
-            candidates += [None] * (1 + self.phase.num_negatives - len(candidates))
-            found.append(Asked(example.query_id, example.query, candidates))
+            example, candidates = drawn[row][0], _candidates(*drawn[row])
+            found.append(Asked(example.query_id, example.query, [*candidates, *[None] * (width - len(candidates))]))
         return found
 
     def batch(self, step: int, encoder: Encoder) -> TrainBatch:
@@ -104,10 +105,8 @@ class Sampler:
         column: dict[str, int] = {}
         texts: list[str] = []
         candidates = np.full((len(drawn), 1 + self.phase.num_negatives), -1, dtype=np.int64)
-        for row, (example, positive, negatives) in enumerate(drawn):
-            chosen = [(example.positive_ids[positive], example.positives[positive])]
-            chosen += [(example.negative_ids[n], example.negatives[n]) for n in negatives]
-            for place, (identifier, text) in enumerate(chosen):
+        for row, entry in enumerate(drawn):
+            for place, (identifier, text) in enumerate(_candidates(*entry)):
                 if identifier not in column:
                     column[identifier] = len(texts)
                     texts.append(text)
@@ -185,3 +184,9 @@ class Sampler:
     @staticmethod
     def _stored(one: Asked, teacher: Mapping[str, float]) -> list[float]:
         return [teacher.get(one.pair(found[0]), 0.0) if found is not None else 0.0 for found in one.candidates]
+
+
+def _candidates(example: Example, positive: int, negatives: Sequence[int]) -> list[tuple[str, str]]:
+    """(id, text) of the positive, then of the negatives."""
+    chosen = [(example.negative_ids[n], example.negatives[n]) for n in negatives]
+    return [(example.positive_ids[positive], example.positives[positive]), *chosen]

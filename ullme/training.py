@@ -25,7 +25,7 @@ from ullme.data import Example, read_examples
 from ullme.errors import NotFinite
 from ullme.objectives import Objective
 from ullme.progress import Progress
-from ullme.sampling import Sampler
+from ullme.sampling import GenerationScore, Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class LoraConfig(Section):
 class GenerationConfig(Section):
     """How the language model scores a candidate: log pi(passage | template with the query)."""
 
-    score: Literal["passage_given_query", "pmi", "query_given_passage", "sum"] = "passage_given_query"
+    score: GenerationScore = "passage_given_query"
     """What the alignment of GRL reads (see `ullme.generation`); passage_given_query is ULLME's."""
     teacher: Literal["live", "frozen"] = "live"
     """live: the model scores as it is at that step; frozen: as it was when the phase began, once per candidate, stored."""

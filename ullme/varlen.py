@@ -31,11 +31,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ullme.attention import SlidingWindow, _mode, decoder_layers, hidden_states, is_encoder, trunk
-from ullme.batches import Batch
 from ullme.errors import ContractError
-from ullme.pooling import pool
 
-__all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "pool_packed", "supports_packing", "unpack"]
+__all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "supports_packing", "unpack"]
 
 NAME = "ullme_varlen"
 Kernel = Literal["flash_attn", "torch", "segments"]
@@ -148,11 +146,6 @@ def unpack(hidden: Float[Tensor, "T D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
     """Packed states as padded rows, zeros where `mask` is False: the shape of the padded batch of the same sequences."""
     padded = hidden.new_zeros(*mask.shape, hidden.shape[-1])
     return padded.masked_scatter(mask.unsqueeze(-1), hidden)
-
-
-def pool_packed(kind: str, hidden: Float[Tensor, "T D"], batch: Batch) -> Float[Tensor, "B D"]:
-    """One unit-norm vector per packed sequence, as `pool` gives for `batch`, the padded batch of the same sequences."""
-    return pool(kind, unpack(hidden, batch.attention_mask), batch.pooled_mask, batch.attention_mask)
 
 
 # What may be packed

@@ -30,7 +30,6 @@ from ullme.varlen import (
     kernel,
     pack,
     packed_hidden_states,
-    pool_packed,
     supports_packing,
     torch_varlen,
     unpack,
@@ -126,7 +125,9 @@ def test_pooled_packed_states_equal_those_of_the_padded_batch(kind: str) -> None
             assert torch.equal(unpack(hidden, batch.attention_mask)[batch.attention_mask], hidden)
             padded = hidden_states(model, batch.input_ids, batch.attention_mask, is_causal=False)
             expected = pool(kind, padded, batch.pooled_mask, batch.attention_mask)
-            assert (pool_packed(kind, hidden, batch) - expected).abs().max() <= 1e-5
+            assert (
+                pool(kind, unpack(hidden, batch.attention_mask), batch.pooled_mask, batch.attention_mask) - expected
+            ).abs().max() <= 1e-5
 
 
 def test_adapters_count_and_can_be_off() -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from ullme.objectives import Objective
+from ullme.objectives.preference import PreferenceLoss, preference_term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ullme.gradcache import CandidateLogprobs, Representations
 
-__all__ = ["Grl", "PreferenceLoss", "preference_term"]
-
-PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+__all__ = ["Grl"]
 
 
 class Grl(Objective):
@@ -103,18 +102,3 @@ class Grl(Objective):
             return {}
         loss = preference_term(logprobs, self.preference_loss, beta=self.beta, label_smoothing=self.label_smoothing)
         return {"preference": self.preference_weight * loss}
-
-
-def preference_term(logprobs: CandidateLogprobs, loss: PreferenceLoss, *, beta: float, label_smoothing: float) -> Tensor:
-    """Float[G]: the positive (column 0) against each present negative, averaged per query; 0 for a query without negatives."""
-    from ullme.losses import preference
-
-    reference = logprobs.reference
-    assert reference is not None
-    policy, tokens = logprobs.total, logprobs.tokens.clamp_min(1)
-    if loss == "ipo":
-        policy, reference = policy / tokens, reference / tokens
-    gain = policy - reference
-    values = preference(gain[:, :1] - gain[:, 1:], loss, beta=beta, label_smoothing=label_smoothing)
-    present = logprobs.present[:, 1:]
-    return values.where(present, 0.0).sum(1) / present.sum(1).clamp_min(1)

@@ -36,29 +36,9 @@ class Matryoshka(Objective):
         return value
 
     @property
-    def uses_generation(self) -> bool:
-        """As the inner objective does."""
-        return self.objective.uses_generation
-
-    @property
-    def trains_generation(self) -> bool:
-        """As the inner objective does."""
-        return self.objective.trains_generation
-
-    @property
-    def uses_reference(self) -> bool:
-        """As the inner objective does."""
-        return self.objective.uses_reference
-
-    @property
-    def uses_teacher(self) -> bool:
-        """As the inner objective does."""
-        return self.objective.uses_teacher
-
-    @property
-    def teacher_temperature(self) -> float:
-        """The inner objective's."""
-        return self.objective.teacher_temperature
+    def inner(self) -> tuple[Objective, ...]:
+        """The one that is taken at several lengths."""
+        return (self.objective,)
 
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """The inner terms, averaged over the lengths.

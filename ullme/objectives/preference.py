@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from ullme.objectives import Objective
-from ullme.objectives.grl import PreferenceLoss, preference_term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
+    from ullme.gradcache import CandidateLogprobs
 
-__all__ = ["Preference"]
+__all__ = ["Preference", "PreferenceLoss", "preference_term"]
+
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 
 
 class Preference(Objective):
@@ -48,11 +49,21 @@ class Preference(Objective):
         """Every form compares with the reference model."""
         return True
 
-    def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
-        """No term: embeddings are not read."""
-        del representations, generation
-        return {}
-
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
         """`preference`, one value per query."""
         return {"preference": preference_term(logprobs, self.loss, beta=self.beta, label_smoothing=self.label_smoothing)}
+
+
+def preference_term(logprobs: CandidateLogprobs, loss: PreferenceLoss, *, beta: float, label_smoothing: float) -> Tensor:
+    """Float[G]: the positive (column 0) against each present negative, averaged per query; 0 for a query without negatives."""
+    from ullme.losses import preference
+
+    reference = logprobs.reference
+    assert reference is not None
+    policy, tokens = logprobs.total, logprobs.tokens.clamp_min(1)
+    if loss == "ipo":
+        policy, reference = policy / tokens, reference / tokens
+    gain = policy - reference
+    values = preference(gain[:, :1] - gain[:, 1:], loss, beta=beta, label_smoothing=label_smoothing)
+    present = logprobs.present[:, 1:]
+    return values.where(present, 0.0).sum(1) / present.sum(1).clamp_min(1)

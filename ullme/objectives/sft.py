@@ -9,7 +9,7 @@ from ullme.objectives import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
+    from ullme.gradcache import CandidateLogprobs
 
 __all__ = ["Sft"]
 
@@ -31,11 +31,6 @@ class Sft(Objective):
     def trains_generation(self) -> bool:
         """It is."""
         return True
-
-    def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
-        """No term: embeddings are not read."""
-        del representations, generation
-        return {}
 
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
         """`sft`, one value per query."""

@@ -39,29 +39,9 @@ class Sum(Objective):
         return value
 
     @property
-    def uses_generation(self) -> bool:
-        """As soon as one part does."""
-        return any(part.objective.uses_generation for part in self.parts)
-
-    @property
-    def trains_generation(self) -> bool:
-        """As soon as one part does."""
-        return any(part.objective.trains_generation for part in self.parts)
-
-    @property
-    def uses_reference(self) -> bool:
-        """As soon as one part does."""
-        return any(part.objective.uses_reference for part in self.parts)
-
-    @property
-    def uses_teacher(self) -> bool:
-        """As soon as one part does."""
-        return any(part.objective.uses_teacher for part in self.parts)
-
-    @property
-    def teacher_temperature(self) -> float:
-        """That of the first part that reads the score."""
-        return next((part.objective.teacher_temperature for part in self.parts if part.objective.uses_teacher), 1.0)
+    def inner(self) -> tuple[Objective, ...]:
+        """The parts."""
+        return tuple(part.objective for part in self.parts)
 
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """The parts' terms, weighted."""
