@@ -7,6 +7,7 @@ sums are fused into them (addmm), which saves conversions and passes over memory
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["activate", "plain_weights", "speed_up", "switched_off"]
+
+# bitsandbytes, which peft imports where it is installed, advises a package of kernels for 4-bit inference; none is run here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _LoraProduct(torch.autograd.Function):
