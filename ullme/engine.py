@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ullme.batches import PASS_TOKENS, TokenRow, chunk_end, longest_first
 from ullme.errors import LimitExceeded, NotFinite
+from ullme.heap import kept_memory
 
 __all__ = [
     "BATCH_TOKENS",
@@ -45,7 +46,7 @@ Item = TypeVar("Item", bound=Hashable)
 Made = TypeVar("Made")
 
 BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
-"""Tokens per forward pass on a GPU and on a CPU, where larger tensors cost more than they save: glibc gives their memory back."""
+"""Tokens per forward pass on a GPU and on a CPU, whose cache does not hold more of them."""
 WINDOW = 16_384
 """Texts that are sorted together; more of them would save little padding."""
 WINDOW_CHARACTERS = 2**25
@@ -54,6 +55,8 @@ GPU_PADDING = 2_048
 """Most padded tokens of a batch on a GPU, where a forward pass has a larger fixed part. Reckoned, not measured."""
 PIECE = 256
 """Texts handed to the tokenizer at once."""
+KEEP_MEMORY_FROM = 4_096
+"""Tokens of a window from which its passes on a CPU keep their memory until the window is done."""
 MOST_THREADS = 8
 OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC")
 
@@ -296,29 +299,31 @@ def embed_rows(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget) -> 
     falling = lengths[order]
     packed = embedder.packs(int(lengths.sum()))
     padding = PASS_TOKENS if embedder.device.type == "cpu" else GPU_PADDING
-    ends = lengths[order].cumsum()
-    running: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
-    start = 0
-    while start < len(order):
-        if packed:
-            before = ends[start] - falling[start]
-            end = max(start + 1, int(np.searchsorted(ends, before + budget.tokens, side="right")))
-        else:
-            end = chunk_end(falling, start, budget.tokens, padding=padding)
-        chosen = order[start:end]
-        vectors = _embedded(embedder, [rows[row] for row in chosen], budget, packed=packed)
-        if vectors is None:
-            continue
-        start = end
-        fetch = _to_host(vectors)
+    ends = falling.cumsum()
+    keeping = embedder.device.type == "cpu" and int(lengths.sum()) >= KEEP_MEMORY_FROM
+    with kept_memory() if keeping else contextlib.nullcontext():
+        running: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
+        start = 0
+        while start < len(order):
+            if packed:
+                before = ends[start] - falling[start]
+                end = max(start + 1, int(np.searchsorted(ends, before + budget.tokens, side="right")))
+            else:
+                end = chunk_end(falling, start, budget.tokens, padding=padding)
+            chosen = order[start:end]
+            vectors = _embedded(embedder, [rows[row] for row in chosen], budget, packed=packed)
+            if vectors is None:
+                continue
+            start = end
+            fetch = _to_host(vectors)
+            if running is not None:
+                yield running[0], running[1]()
+            running = (chosen, fetch)
+            if vectors.device.type == "cpu":
+                yield chosen, fetch()
+                running = None
         if running is not None:
             yield running[0], running[1]()
-        running = (chosen, fetch)
-        if vectors.device.type == "cpu":
-            yield chosen, fetch()
-            running = None
-    if running is not None:
-        yield running[0], running[1]()
 
 
 def _embedded(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget, *, packed: bool) -> Tensor | None:

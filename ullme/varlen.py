@@ -7,8 +7,8 @@ positions and handed on as (left, right), how many tokens a token sees on either
 sliding-window layers mean here what they mean in a padded batch. For inference: attention dropout is not applied.
 
 The kernels: flash-attn's variable-length function where that package is installed, else torch's own
-(torch.nn.attention.varlen), both for half precision on a GPU; everywhere else scaled_dot_product_attention, one call per
-run of sequences of equal length.
+(torch.nn.attention.varlen), both for half precision on a GPU; ullme.packed_attention for half precision on a CPU; everywhere
+else scaled_dot_product_attention, one call per run of sequences of equal length.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ullme.attention import SlidingWindow, _mode, decoder_layers, hidden_states, is_encoder, trunk
 from ullme.errors import ContractError
+from ullme.packed_attention import grouped_attention, in_window
 
 __all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "supports_packing", "unpack"]
 
@@ -39,7 +40,7 @@ NAME = "ullme_varlen"
 Kernel = Literal["flash_attn", "torch", "segments"]
 HALF = (torch.float16, torch.bfloat16)
 PROBE_LENGTHS = (7, 12, 4, 9)
-SCORES_AT_ONCE = 2**21  # 4 MB in bfloat16: what stays in a CPU's cache between the two products
+LONGEST_GROUPED = 1024  # longer sequences' scores are better never written out
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,10 @@ def varlen_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotated in float32 where the model adds up in float32
     chosen = kernel(query.device, query.dtype, query.shape[-1]) if query.shape[-1] == value.shape[-1] else "segments"
     if chosen == "segments":
-        return _by_segments(query, key, value, cu_seq_lens_q.tolist(), (left, right), scaling), None
+        borders, window = cu_seq_lens_q.tolist(), (left, right)
+        if query.device.type == "cpu" and query.dtype in HALF and max_length_q <= LONGEST_GROUPED:
+            return grouped_attention(query, key, value, tuple(borders), window, scaling), None
+        return _by_segments(query, key, value, borders, window, scaling), None
     run = _flash_attn if chosen == "flash_attn" else torch_varlen
     flat_query, flat_key, flat_value = (states[0].transpose(0, 1) for states in (query, key, value))
     return run(flat_query, flat_key, flat_value, cu_seq_lens_q, max_length_q, (left, right), scaling)[None], None
@@ -313,64 +317,24 @@ def _by_segments(
     query: Tensor, key: Tensor, value: Tensor, borders: list[int], window: tuple[int, int], scale: float | None
 ) -> Float[Tensor, "1 T H F"]:
     """query [1 H T E], key and value [1 G T E]: one call per run of neighbours of equal length."""
-    half = query.device.type == "cpu" and query.dtype in HALF
-    attend = _half_on_cpu if half else _exact
     pieces = []
     start = 0
     for length, run in groupby(end - begin for begin, end in pairwise(borders)):
-        left = len(list(run))
-        most = max(1, SCORES_AT_ONCE // (query.shape[1] * length**2)) if half else left
-        while left:
-            count = min(left, most)
-            end = start + count * length
-            parts = [states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
-            pieces.append(attend(*parts, window, scale).transpose(1, 2).flatten(0, 1))
-            start, left = end, left - count
+        count = len(list(run))
+        end = start + count * length
+        parts = [states[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for states in (query, key, value)]
+        mask = in_window(length, window, query.device)
+        causal = mask is not None and window == (-1, 0)
+        out = scaled_dot_product_attention(
+            *parts,
+            attn_mask=None if causal else mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
+        start = end
     return torch.cat(pieces)[None]
-
-
-def _exact(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], scale: float | None) -> Tensor:
-    """query [N H L E], key and value [N G L E]."""
-    mask = _window_mask(query.shape[2], window, query.device)
-    causal = mask is not None and window == (-1, 0)
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=None if causal else mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _half_on_cpu(query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int], scale: float | None) -> Tensor:
-    """The same for bfloat16, twice as fast there as scaled_dot_product_attention: two plain products per key head.
-
-    The query heads of a key head stand below each other, so keys and values are not repeated; softmax rounds as eager does.
-    """
-    count, heads, length, width = query.shape
-    groups = key.shape[1]
-    below = heads // groups
-    rows = query.reshape(count * groups, below * length, width)
-    keys = key.reshape(count * groups, length, width)
-    values = value.reshape(count * groups, length, value.shape[-1])
-    mask = _window_mask(length, window, query.device)
-    added = query.new_zeros(1, 1, 1)
-    if mask is not None:
-        added = query.new_zeros(length, length).masked_fill_(~mask, float("-inf")).repeat(below, 1)[None]
-    scores = torch.baddbmm(added, rows, keys.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale or width**-0.5)
-    return torch.bmm(scores.softmax(-1), values).view(count, heads, length, -1)
-
-
-def _window_mask(length: int, window: tuple[int, int], device: torch.device) -> Bool[Tensor, "L L"] | None:
-    """What a token of a sequence of this length sees, or None if it sees all of it."""
-    left, right = (length - 1 if side < 0 else min(side, length - 1) for side in window)
-    if left == right == length - 1:
-        return None
-    places = torch.arange(length, device=device)
-    away = places[None, :] - places[:, None]
-    return (away >= -left) & (away <= right)
 
 
 def torch_varlen(

@@ -1,0 +1,67 @@
+"""The heap of this process while a model runs on the CPU: memory that is freed is kept for the next layer.
+
+glibc gives large blocks back to the system as soon as they are free, so every layer's activations are page faults again: a tenth
+of the time of an encode in bfloat16 (350,000 faults per pass of 4,096 tokens, against none). Other systems' allocators are left
+alone, and so is glibc where the environment already says what it shall do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["kept_memory"]
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_MMAP, KEPT_TRIM = 2**30, 2**31 - 1  # the most that mallopt takes
+USUAL_MMAP, USUAL_TRIM = 2**25, 2**26  # what glibc works its way up to by itself
+_lock = threading.Lock()
+_inside = 0
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Freed memory stays with the process as long as any such block is open, then goes back to the system."""
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    _count(libc, 1)
+    try:
+        yield
+    finally:
+        _count(libc, -1)
+
+
+def _count(libc: Any, change: int) -> None:
+    global _inside
+    with _lock:
+        _inside += change
+        if change > 0 and _inside == 1:
+            _set(libc, KEPT_MMAP, KEPT_TRIM)
+        if not _inside:
+            _set(libc, USUAL_MMAP, USUAL_TRIM)
+            libc.malloc_trim(0)
+
+
+def _set(libc: Any, mmap_threshold: int, trim_threshold: int) -> None:
+    libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+    libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+@lru_cache(maxsize=1)
+def _glibc() -> Any:
+    """The C library, or None where it is another one or the environment has settled the matter."""
+    if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") and hasattr(libc, "gnu_get_libc_version") else None
+    except OSError:
+        return None
