@@ -98,20 +98,21 @@ class Checkpoints:
 
 def training_space(section: TrainConfig, inputs: Inputs) -> int:
     """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
+    copies = ADAM_COPIES + bool(section.average_last)
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)
     if section.adapter is None:
         adapter, trained = 0, len(tensors)
-        checkpoint = ADAM_COPIES * weights
+        checkpoint = copies * weights
     else:
         adapted = [tensor for tensor in tensors if is_adapted(tensor, section.adapter)]
         adapter, trained = 4 * sum(_added(tensor, section.adapter) for tensor in adapted), 2 * len(adapted)
-        checkpoint = ADAM_COPIES * adapter
+        checkpoint = copies * adapter
     headers = HEADER_BYTES * trained
     rest = sum(sizes.values()) - weights + SETTINGS_BYTES
     steps = sum(phase.steps for phase in section.phases)
-    metrics = METRICS_ROW_BYTES * steps
+    metrics = METRICS_ROW_BYTES * steps + len(section.phases[1:]) * adapter  # what a phase began with
     beside = 2 if steps > section.runtime.checkpoint_every else 1
     return max(beside * (checkpoint + headers) + metrics, checkpoint + weights + adapter + 2 * (headers + metrics) + rest)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,6 +88,7 @@ class Encoder:
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
+        self._reference: dict[str, Tensor] | None = None
         if config.dim is not None and config.dim > self.width:
             raise ConfigError(f"backbone.dim: expected at most {self.width}, the model's own length, got {config.dim}")
         tokenizer.truncation_side = "right"  # some tokenizers cut on the left, which would take the prompt away
@@ -434,6 +435,32 @@ class Encoder:
             )
         with switched_off(self.model):
             yield
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model that preference losses compare with, as long as the block lasts: the base, or what `keep_reference` took."""
+        if self._reference is None:
+            with self.adapters_off():
+                yield
+            return
+        named = dict(self.model.named_parameters())
+        now = {name: named[name].data for name in self._reference}
+        try:
+            for name, kept in self._reference.items():
+                named[name].data = kept
+            yield
+        finally:
+            for name, data in now.items():
+                named[name].data = data
+
+    def keep_reference(self, adapters: Mapping[str, Tensor] | None) -> None:
+        """Compare with these weights of the adapters, by name, from now on; None: with the base."""
+        self._reference = None if adapters is None else {name: tensor.to(self.device) for name, tensor in adapters.items()}
+
+    def drop_adapters(self) -> None:
+        """The base model again, without what the adapters learned."""
+        if self.has_adapter:
+            self.model = self.model.unload()
 
     def merge_adapter(self) -> None:
         """Fold the embedding adapter into the weights for good; one for generation is dropped, `save_adapter` keeps it."""

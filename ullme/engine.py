@@ -35,6 +35,7 @@ __all__ = [
     "Embedder",
     "batch_tokens_for",
     "embed_rows",
+    "out_of_memory",
     "stream",
     "stream_windows",
     "windows",
@@ -332,7 +333,7 @@ def _embedded(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget, *, p
         with torch.inference_mode():
             return embedder.embed_rows(rows, packed=packed)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the batch; without a GPU it does nothing
@@ -340,7 +341,8 @@ def _embedded(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget, *, p
     return None
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU or on a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 

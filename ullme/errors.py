@@ -108,6 +108,9 @@ class NotFinite(UllmeError):
             )
         super().__init__(text)
 
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[int | None, str, tuple[str, ...]]]:
+        return type(self), (self.step, self.term, self.ids)
+
 
 class ArtifactError(UllmeError):
     """An artifact is missing, damaged, or of another kind than asked for."""

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ullme.batches import TokenRow, chunk_by_tokens
+from ullme.distributed import current
 from ullme.encoder import Encoder
 from ullme.losses import entropy
 from ullme.sampling import GenerationScore
@@ -60,12 +61,16 @@ def logprobs(encoder: Encoder, rows: Rows, *, chunk_tokens: int) -> Logprobs:
     where = list(places.values())
     total = torch.zeros(len(rows) * width, device=encoder.device, dtype=torch.float32)
     tokens = torch.zeros(len(rows) * width, device=encoder.device, dtype=torch.long)
-    for chunk in chunk_by_tokens([len(row) for row in different], chunk_tokens):
-        sums, counts = encoder.sequence_logprobs(encoder.collate([different[index] for index in chunk]))
+    together = current()
+    lengths = [len(row) for row in different]
+    for chunk, counts in together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens))):
+        sums, scored = encoder.sequence_logprobs(encoder.collate([different[index] for index in chunk]))
         total = total.to(sums.dtype)
-        flat = torch.tensor([place for index in chunk for place in where[index]], device=encoder.device)
-        each = torch.tensor([number for number, index in enumerate(chunk) for _ in where[index]], device=encoder.device)
-        total[flat], tokens[flat] = sums[each], counts[each]
+        if counts:
+            flat = torch.tensor([place for index in chunk for place in where[index]], device=encoder.device)
+            each = torch.tensor([number for number, index in enumerate(chunk) for _ in where[index]], device=encoder.device)
+            total[flat], tokens[flat] = sums[each], scored[each]
+    together.add(total, tokens)
     shape = (len(rows), width)
     return Logprobs(total.view(shape), tokens.view(shape), sum(map(len, different)))
 

@@ -7,6 +7,9 @@
 
 Every term is divided by the number of queries of the whole batch, so the result does not depend on the chunk size. With
 dropout, the random state of each chunk is replayed, so that both passes give bit-equal representations.
+
+Where several processes train, each takes its share of the chunks (see `ullme.distributed`), and all of them end with the gradient
+of the whole batch.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ullme.batches import TokenRow, chunk_by_tokens
+from ullme.distributed import current
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError
 from ullme.generation import Logprobs, passage_rows, teacher_scores
@@ -121,14 +125,15 @@ class StepReport:
 
 
 def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int) -> StepReport:
-    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters.
+    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters, which have none before.
 
     chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result.
     """
-    device = encoder.device
+    device, together = encoder.device, current()
     rows = [*batch.queries, *batch.documents]
-    tokens = sum(map(len, rows))
-    chunks = list(chunk_by_tokens([len(row) for row in rows], chunk_tokens))
+    lengths = [len(row) for row in rows]
+    tokens = sum(lengths)
+    turns = together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens)))
     terms: dict[str, float] = {}
     health: dict[str, float] = {}
 
@@ -138,17 +143,17 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
         tokens += scored_tokens
 
     replay = _Replay(device)
+    fits = sum(max(lengths[position] for position in chunk) * len(chunk) for chunk, _ in turns) <= chunk_tokens
     pieces: list[Tensor] = []
-    fits = sum(max(len(rows[position]) for position in chunk) * len(chunk) for chunk in chunks) <= chunk_tokens
-    live: list[Tensor] = []
-    for index, chunk in enumerate(chunks):
+    for index, (chunk, _) in enumerate(turns):
         with torch.set_grad_enabled(fits), replay.record(index):
-            embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
-        pieces.append(embedded.detach())
-        if fits:
-            live.append(embedded)
-    back = torch.tensor([position for chunk in chunks for position in chunk], device=device).argsort()
-    cached = torch.cat(pieces)[back].requires_grad_(True)
+            pieces.append(encoder.embed(encoder.collate([rows[position] for position in chunk])))
+    cached = pieces[0].detach().new_zeros(len(rows), pieces[0].shape[1])
+    for (chunk, counts), embedded in zip(turns, pieces, strict=True):
+        if counts:
+            cached[chunk] = embedded.detach()
+    together.add(cached)
+    cached.requires_grad_(True)
 
     representations = Representations(
         cached[: len(batch.queries)],
@@ -162,13 +167,16 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
         terms.update({name: float(value.detach()) for name, value in losses.items()})
         gradient = cached.grad
         assert gradient is not None
-        for index, chunk in enumerate(chunks):
+        live = pieces if fits else []
+        del pieces
+        for index, (chunk, counts) in enumerate(turns):
             if fits:
                 embedded = live.pop(0)
             else:
                 with replay.again(index):
                     embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
-            (embedded * gradient[chunk]).sum().backward()
+            (embedded * gradient[chunk]).sum().mul(int(counts)).backward()
+    together.add_gradients(encoder.trainable().values())
 
     health |= _health(representations)
     if generation is not None:
@@ -218,49 +226,47 @@ def _passages(
     terms: dict[str, float],
 ) -> tuple[CandidateLogprobs, int]:
     """log pi(p | q) of every candidate, with the backward of the terms that train on it."""
-    width = batch.candidates.shape[1]
+    width, together = batch.candidates.shape[1], current()
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
-    parts: list[CandidateLogprobs] = []
-    order: list[int] = []
+    found = _nothing(encoder, batch, grouped)
+    parts: list[tuple[list[int], CandidateLogprobs]] = []
     sums: dict[str, Tensor] = {}
-    for chunk in chunk_by_tokens(longest, chunk_tokens):
+    for chunk, counts in together.turns(chunk_by_tokens(longest, together.budget(longest, chunk_tokens))):
         flat = [(i, k, row) for i, g in enumerate(chunk) for k, row in enumerate(grouped[g]) if row is not None]
         tokens = encoder.collate([row for _, _, row in flat])
         where = torch.tensor([i * width + k for i, k, _ in flat], device=encoder.device)
         reference = None
         if objective.uses_reference:
-            with torch.no_grad(), encoder.adapters_off():
+            with torch.no_grad(), encoder.reference():
                 reference = _spread(encoder.sequence_logprobs(tokens)[0], where, (len(chunk), width))
         with torch.set_grad_enabled(objective.trains_generation):
-            total, counts = encoder.sequence_logprobs(tokens)
-        present = _spread(torch.ones_like(where), where, (len(chunk), width)) > 0
-        positions = torch.tensor([batch.scored[g] for g in chunk], device=encoder.device)
+            total, lengths = encoder.sequence_logprobs(tokens)
         scores = CandidateLogprobs(
-            positions,
+            found.rows[chunk],
             _spread(total, where, (len(chunk), width)),
-            _spread(counts, where, (len(chunk), width)),
-            present,
+            _spread(lengths, where, (len(chunk), width)),
+            found.present[chunk],
             reference,
         )
         losses = objective.generation_loss(scores)
         if losses:
-            torch.stack([value.sum() for value in losses.values()]).sum().div(len(batch.scored)).backward()
+            share = int(counts) / len(batch.scored)
+            torch.stack([value.sum() for value in losses.values()]).sum().mul(share).backward()
             for name, value in losses.items():
-                sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum()
-        parts.append(CandidateLogprobs(positions, scores.total.detach(), scores.tokens, present, reference))
-        order.extend(chunk)
-    terms.update({name: float(value) / len(batch.scored) for name, value in sums.items()})
-    back = torch.tensor(order, device=encoder.device).argsort()
-    references = [part.reference for part in parts if part.reference is not None]
-    joined = CandidateLogprobs(
-        torch.cat([part.rows for part in parts])[back],
-        torch.cat([part.total for part in parts])[back],
-        torch.cat([part.tokens for part in parts])[back],
-        torch.cat([part.present for part in parts])[back],
-        torch.cat(references)[back] if references else None,
-    )
+                sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum() * share
+        parts.append((chunk if counts else [], replace(scores, total=scores.total.detach())))
+    total, lengths = parts[0][1].total.new_zeros(found.total.shape), torch.zeros_like(found.tokens)
+    reference = torch.zeros_like(total) if objective.uses_reference else None
+    for chunk, scores in parts:
+        if chunk:
+            total[chunk], lengths[chunk] = scores.total, scores.tokens
+            if reference is not None and scores.reference is not None:
+                reference[chunk] = scores.reference
+    together.add(total, lengths, *sums.values(), *([] if reference is None else [reference]))
+    terms.update({name: float(value) for name, value in sums.items()})
     passes = 2 if objective.uses_reference else 1
-    return joined, passes * sum(len(row) for group in grouped for row in group if row is not None)
+    cost = passes * sum(len(row) for group in grouped for row in group if row is not None)
+    return CandidateLogprobs(found.rows, total, lengths, found.present, reference), cost
 
 
 def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -309,10 +315,10 @@ def require_reference(encoder: Encoder, objective: Objective) -> None:
     """Refuse, before the first step, an objective whose reference model does not exist.
 
     Raises:
-        ConfigError: every weight is trained, so "adapters off" is not the base model.
+        ConfigError: every weight is trained, so there is no model to compare with.
     """
     if objective.uses_reference and not encoder.has_adapter:
         raise ConfigError(
-            f"training: objective '{objective.kind}' compares with a reference model, which is the base with its adapter off; "
+            f"training: objective '{objective.kind}' compares with the model as it was when the phase began; "
             "set training.adapter, or its preference weight to 0"
         )

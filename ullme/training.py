@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from ullme.artifacts import Draft, Inputs, Stage, digest_of, sync, write_atomic
 from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
-from ullme.errors import NotFinite
+from ullme.errors import LimitExceeded, NotFinite
 from ullme.objectives import Objective
 from ullme.progress import Progress
 from ullme.sampling import GenerationScore, Sampler
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from ullme.encoder import Encoder, Role
+    from ullme.gradcache import StepReport, TrainBatch
 
 __all__ = ["TRAIN", "GenerationConfig", "LoraConfig", "PhaseConfig", "TrainConfig", "train"]
 
@@ -90,6 +92,9 @@ class PhaseConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    adapter: Literal["continue", "merge_then_new", "new"] = "continue"
+    """With what adapter the phase begins, after another: the same; a new one, the former folded into the weights (as LLM2Vec does,
+    arXiv 2404.05961, section 2); or a new one, the former dropped."""
     generation: GenerationConfig = GenerationConfig()
 
     def learning_rate_at(self, step: int) -> float:
@@ -109,6 +114,10 @@ class TrainRuntime(Section):
     """Padded tokens per forward pass with gradient."""
     checkpoint_every: int = Field(default=25, ge=1)
     """Steps between checkpoints."""
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """How many train together, each with a part of every batch; auto: one per GPU, or one."""
+    shard: bool = False
+    """Each process holds a piece of the layers' weights (FSDP2): for models that do not fit on one GPU."""
 
 
 class TrainConfig(Section):
@@ -118,9 +127,27 @@ class TrainConfig(Section):
     adapter: LoraConfig | None = LoraConfig()
     generation_adapter: LoraConfig | None = None
     """An adapter of the language model's own; `adapter` then serves embeddings alone. The trained model keeps both, unmerged."""
+    average_last: int = Field(default=0, ge=0)
+    """Steps at the end whose weights are averaged (stochastic weight averaging, arXiv 1803.05407); 0: the last ones alone."""
     start_from: Literal["base", "champion"] = "base"
     """The weights that training starts from: the backbone's, or the released champion's (the backbone's while there is none)."""
     runtime: TrainRuntime = TrainRuntime()
+
+    @model_validator(mode="after")
+    def _phases_can_begin(self) -> TrainConfig:
+        for number, phase in enumerate(self.phases):
+            if phase.adapter == "continue":
+                continue
+            where = f"phases.{number}.adapter: {phase.adapter}"
+            if not number:
+                raise ValueError(f"{where} is for a phase after another; the first begins with a new adapter anyway")
+            if self.adapter is None or self.generation_adapter is not None:
+                raise ValueError(f"{where} needs one adapter; set adapter and leave generation_adapter out")
+            if phase.adapter == "merge_then_new" and (self.adapter.base_bits is not None or self.runtime.shard):
+                raise ValueError(f"{where} needs the weights in full; leave out adapter.base_bits and runtime.shard")
+        if self.average_last > self.phases[-1].steps:
+            raise ValueError(f"average_last: expected at most the last phase's {self.phases[-1].steps} steps")
+        return self
 
     @model_validator(mode="after")
     def _two_adapters_or_one(self) -> TrainConfig:
@@ -135,40 +162,71 @@ class TrainConfig(Section):
 def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     """Stage: base model + examples -> a model artifact of the same form, its metrics under logs/.
 
-    Resumes from the newest complete checkpoint of an interrupted attempt.
+    Resumes from the newest complete checkpoint of an interrupted attempt. With several processes, all of them on this machine,
+    the result is that of one process up to the order of summation.
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite. DataError: no examples.
         ConfigError: an objective needs a reference model that does not exist.
     """
+    from ullme import distributed
+
+    count = distributed.wanted(section.runtime.processes)
+    if count == 1 or distributed.joined():
+        draft.meta |= _train(section, inputs, draft)
+    else:
+        draft.meta |= distributed.run(count, _train, section, inputs, draft)
+
+
+def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]:
+    """In each of the processes that train; returns what the artifact's manifest says of it."""
     import torch
 
+    from ullme import distributed
     from ullme.encoder import Encoder
     from ullme.gradcache import require_reference
 
+    together = distributed.current()
     negatives = inputs["negatives"] if "negatives" in inputs else None  # noqa: SIM401 - Inputs is no mapping
     examples = read_examples(inputs["data"], negatives)
-    shutil.rmtree(draft.path, ignore_errors=True)
-    logs = draft.path / "logs"
-    logs.mkdir(parents=True)
     torch.manual_seed(draft.seed)
     encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
-    if section.adapter is not None:
-        encoder.add_lora(section.adapter)
-    if section.generation_adapter is not None:
-        encoder.add_lora(section.generation_adapter, "generation")
-    loop = Loop(encoder, section, draft)
+    _add_adapters(encoder, section)
     for phase in section.phases:
         require_reference(encoder, phase.objective)
     started = time.monotonic()
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
-    before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample, section.runtime))
+    memory = Memory(draft.scratch)
+    before = memory.recalled("before") or memory.remember("before", _scores(encoder, sample, section.runtime))
+    if section.runtime.shard and together.count > 1:
+        distributed.shard(encoder.model)
+    loop = Loop(encoder, section, draft, memory)
     samplers: dict[int, Sampler] = {}
     for phase, step in loop.positions():
         if phase not in samplers:
+            loop.begin(phase)
             samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase))}
         loop.advance(samplers[phase], phase, step)
+    loop.finish()
     encoder.model.eval()
+    if section.runtime.shard and together.count > 1:
+        trained = loop.weights()
+        encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
+        _add_adapters(encoder, section)
+        for name, parameter in encoder.trainable().items():
+            parameter.data = trained[name].to(parameter.device)
+    meta = {
+        "dim": encoder.dim,
+        "steps": sum(phase.steps for phase in section.phases),
+        "examples": len(examples),
+        "final_loss": loop.last_loss,
+        "train_seconds": round(time.monotonic() - started, 1),
+    }
+    if not together.leads:
+        return meta
+    shutil.rmtree(draft.path, ignore_errors=True)
+    logs = draft.path / "logs"
+    logs.mkdir(parents=True)
     if section.adapter is not None and section.generation_adapter is None:
         encoder.save_adapter(draft.path / "adapter")
         if section.adapter.base_bits is not None:  # merged into the weights as they were, not as 4 bits rounded them
@@ -178,37 +236,117 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
         encoder.merge_adapter()
     encoder.save(draft.path)
     write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
-    qualities = [loop.recalled(f"quality-{phase}") for phase in range(len(section.phases))]
+    qualities = [memory.read(f"quality-{phase}") for phase in range(len(section.phases))]
     write_atomic(logs / "teacher.json", json.dumps([quality for quality in qualities if quality is not None]))
     shutil.copy(loop.metrics_file, logs / "metrics.jsonl")
-    draft.meta |= {
-        "dim": encoder.dim,
-        "steps": sum(phase.steps for phase in section.phases),
-        "examples": len(examples),
-        "final_loss": loop.last_loss,
-        "train_seconds": round(time.monotonic() - started, 1),
-    }
+    return meta
 
 
-TRAIN = Stage("train", "model", 1, train, training_space)
+def _add_adapters(encoder: Encoder, section: TrainConfig) -> None:
+    if section.adapter is not None:
+        encoder.add_lora(section.adapter)
+    if section.generation_adapter is not None:
+        encoder.add_lora(section.generation_adapter, "generation")
+
+
+TRAIN = Stage("train", "model", 2, train, training_space)
+
+
+class Memory:
+    """Values of a run that survive a crash, the same in all of its processes."""
+
+    def __init__(self, folder: Path) -> None:
+        from ullme.distributed import current
+
+        self._folder, self._together = folder, current()
+
+    def remember(self, name: str, value: Any) -> Any:
+        """Keep a value."""
+        if self._together.leads:
+            write_atomic(self._folder / f"{name}.json", json.dumps(value))
+        return value
+
+    def recalled(self, name: str) -> Any:
+        """What `remember` kept, or None. Every process must ask."""
+        return self._together.agreed(lambda: self.read(name))
+
+    def read(self, name: str) -> Any:
+        """The same, for one process alone."""
+        file = self._folder / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 class Loop:
     """The state of a training run: optimizer, position, metrics, checkpoints."""
 
-    def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft) -> None:
-        import torch
+    def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft, memory: Memory) -> None:
 
-        self._encoder, self._section, self._draft = encoder, section, draft
-        self._trainable = encoder.trainable()
-        for parameter in self._trainable.values():
-            parameter.data = parameter.data.float() if section.adapter is not None else parameter.data
-        self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+        from ullme.distributed import current
+
+        self._encoder, self._section, self._draft, self._memory = encoder, section, draft, memory
+        self._together = current()
+        self._chunk_tokens = section.runtime.chunk_tokens
         self._steps = [(p, s) for p, phase in enumerate(section.phases) for s in range(phase.steps)]
         self._checkpoints = Checkpoints(draft.scratch, digest_of([section.identity(), draft.seed]))
         self.metrics_file = draft.scratch / "metrics.jsonl"
         self.last_loss = float("nan")
+        self._mean: dict[str, torch.Tensor] = {}
+        self._phase = 0
+        self._trainable: dict[str, torch.nn.Parameter] = {}
+        self._optimizer: torch.optim.AdamW
+        self._take_what_learns()
         self._done = self._resume()
+
+    def _take_what_learns(self) -> None:
+        import torch
+
+        self._trainable = self._encoder.trainable()
+        for parameter in self._trainable.values():
+            parameter.data = parameter.data.float() if self._section.adapter is not None else parameter.data
+        self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+
+    def begin(self, phase: int) -> None:
+        """Enter a phase, if this is not where the run is already: its adapter, and what its preference terms compare with."""
+        from safetensors.torch import load_file, save_file
+
+        if phase <= self._phase:
+            return
+        settings = self._section.phases[phase]
+        compares = settings.objective.uses_reference and settings.adapter == "continue"
+        if compares or settings.adapter == "merge_then_new":  # kept, because the checkpoints of this phase no longer hold it
+            file = self._draft.scratch / f"before-{phase}.safetensors"
+            weights = self.weights()
+            if self._together.leads:
+                partial = file.with_suffix(".partial")
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+                sync(partial)
+                partial.rename(file)
+            self._together.agreed(lambda: None)
+            self._enter(phase, load_file(file))
+        else:
+            self._enter(phase, {})
+
+    def _enter(self, phase: int, before: dict[str, torch.Tensor]) -> None:
+        """Begin a phase whose predecessor ended with the weights `before`."""
+        import torch
+
+        settings, encoder = self._section.phases[phase], self._encoder
+        self._phase = phase
+        encoder.keep_reference(None)
+        if settings.adapter == "continue":
+            if settings.objective.uses_reference:
+                encoder.keep_reference({name: tensor for name, tensor in before.items() if "lora_" in name})
+            return
+        if settings.adapter == "merge_then_new":
+            for name, parameter in self._trainable.items():
+                parameter.data.copy_(before[name])
+            encoder.merge_adapter()
+        else:
+            encoder.drop_adapters()
+        torch.manual_seed(int(np.random.SeedSequence([self._draft.seed, phase, 2**31]).generate_state(1)[0]))
+        assert self._section.adapter is not None
+        encoder.add_lora(self._section.adapter)
+        self._take_what_learns()
 
     def positions(self) -> Iterator[tuple[int, int]]:
         """(phase, step) of every step still to do."""
@@ -226,21 +364,24 @@ class Loop:
         """One optimisation step."""
         import torch
 
-        from ullme import gradcache
+        from ullme.distributed import clip
 
         settings = self._section.phases[phase]
         model = self._encoder.model
         started = time.monotonic()
         # The generator restarts at every step, so resuming needs no random state of its own.
-        torch.manual_seed(int(np.random.SeedSequence([self._draft.seed, phase, step]).generate_state(1)[0]))
+        entropy = [self._draft.seed, phase, step, *([] if self._together.leads else [self._together.rank])]
         model.train()
         batch = sampler.batch(step, self._encoder)
-        report = gradcache.step(self._encoder, settings.objective, batch, chunk_tokens=self._section.runtime.chunk_tokens)
+        report = None
+        while report is None:
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            report = self._step(settings.objective, batch)
         number = sum(p.steps for p in self._section.phases[:phase]) + step + 1
         for name, value in report.terms.items():
             if not math.isfinite(value):
                 raise NotFinite(number, name, batch.query_ids)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), settings.max_grad_norm))
+        norm = clip(list(self._trainable.values()), settings.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFinite(number, "the gradient", batch.query_ids)
         rate = settings.learning_rate_at(step)
@@ -248,6 +389,7 @@ class Loop:
             group["lr"], group["weight_decay"] = rate, settings.weight_decay
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._average(number)
         seconds = time.monotonic() - started
         self.last_loss = report.loss
         row: dict[str, Any] = {
@@ -261,12 +403,60 @@ class Loop:
             "tokens_per_second": report.tokens / seconds,
             "seconds": seconds,
         }
-        with self.metrics_file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        if self._together.leads:
+            with self.metrics_file.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
         terms = " ".join(f"{name} {value:.4f}" for name, value in report.terms.items())
         logger.info(
             "step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"]
         )
+
+    def _step(self, objective: Objective, batch: TrainBatch) -> StepReport | None:
+        """Gradients of a batch, or None where memory did not suffice: then the budget is half of what it was."""
+        import torch
+
+        from ullme import gradcache
+        from ullme.engine import out_of_memory
+
+        try:
+            return gradcache.step(self._encoder, objective, batch, chunk_tokens=self._chunk_tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        rows = [*batch.queries, *batch.documents]
+        if self._together.count > 1 or self._chunk_tokens <= max(map(len, rows)):
+            raise LimitExceeded(
+                f"training: {self._chunk_tokens} tokens at once do not fit into memory ({said}); set training.runtime.chunk_tokens "
+                "lower, or backbone.max_tokens; the last checkpoint is kept and the next run resumes from it"
+            )
+        self._chunk_tokens //= 2
+        logger.warning("training: out of memory (%s); going on with %d tokens per forward pass", said, self._chunk_tokens)
+        return None
+
+    def _average(self, number: int) -> None:
+        """Take the weights after a step (1, 2, ...) into the running mean of the last ones."""
+        count = number - (len(self._steps) - self._section.average_last)
+        if count < 1:
+            return
+        for name, parameter in self._trainable.items():
+            if count == 1:
+                self._mean[name] = parameter.detach().clone()
+            else:
+                self._mean[name] += (parameter.detach() - self._mean[name]) / count
+
+    def finish(self) -> None:
+        """Put the averaged weights in place, where there are any."""
+        for name, mean in self._mean.items():
+            self._trainable[name].data.copy_(mean)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What has been trained, by name, in full; every process must ask for it."""
+        from ullme.distributed import whole
+
+        return {name: whole(parameter) for name, parameter in self._trainable.items()}
 
     def taught(self, sampler: Sampler) -> Sampler:
         """The sampler of a phase that begins or goes on: its teacher measured, and scored where it is frozen."""
@@ -277,50 +467,61 @@ class Loop:
             return sampler
         self._encoder.model.eval()
         budget = self._section.runtime.chunk_tokens
-        if self.recalled(f"quality-{number}") is None:
+        if self._memory.recalled(f"quality-{number}") is None:
             found = teacher.measure(self._encoder, sampler, chunk_tokens=budget)
-            self.remember(f"quality-{number}", {"phase": number, "score": phase.generation.score, **asdict(found)})
+            self._memory.remember(f"quality-{number}", {"phase": number, "score": phase.generation.score, **asdict(found)})
             teacher.report(found, phase.generation.score)
         if phase.generation.teacher == "live":
             return sampler
         name = f"teacher-{number}"
-        stored = self.recalled(name) or self.remember(name, teacher.frozen(self._encoder, sampler, chunk_tokens=budget))
+        stored = self._memory.recalled(name) or self._memory.remember(
+            name, teacher.frozen(self._encoder, sampler, chunk_tokens=budget)
+        )
         return replace(sampler, teacher=stored)
 
-    def remember(self, name: str, value: Any) -> Any:
-        """Keep a value across a crash."""
-        write_atomic(self._draft.scratch / f"{name}.json", json.dumps(value))
-        return value
-
-    def recalled(self, name: str) -> Any:
-        """What `remember` kept, or None."""
-        file = self._draft.scratch / f"{name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
     def _checkpoint(self) -> None:
-        sync(self.metrics_file)
+        from ullme.distributed import whole
+
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._trainable.items():
-            tensors[f"weight/{name}"] = parameter.detach().clone()
+            tensors[f"weight/{name}"] = whole(parameter).clone()
             for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.detach().clone()
-        self._checkpoints.save(Checkpoint(self._done, self.last_loss, tensors))
+                tensors[f"{key}/{name}"] = whole(value).clone()
+            if name in self._mean:
+                tensors[f"mean/{name}"] = whole(self._mean[name]).clone()
+        if self._together.leads:
+            sync(self.metrics_file)
+            self._checkpoints.save(Checkpoint(self._done, self.last_loss, tensors))
 
     def _resume(self) -> int:
         """Load the newest checkpoint; returns the number of steps done."""
+        from safetensors.torch import load_file
+
+        from ullme.distributed import put
+
         found = self._checkpoints.newest()
         if found is None:
-            self.metrics_file.unlink(missing_ok=True)
+            if self._together.leads:
+                self.metrics_file.unlink(missing_ok=True)
             return 0
+        for phase in range(1, self._steps[found.done - 1][0] + 1):
+            file = self._draft.scratch / f"before-{phase}.safetensors"
+            self._enter(phase, load_file(file) if file.is_file() else {})
         tensors = found.tensors
         for name, parameter in self._trainable.items():
-            parameter.data.copy_(tensors[f"weight/{name}"])
+            if f"mean/{name}" in tensors:
+                self._mean[name] = put(parameter, tensors[f"mean/{name}"].clone())
+            parameter.data.copy_(put(parameter, tensors[f"weight/{name}"]))
             self._optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors
+                key: value.clone() if key == "step" else put(parameter, value.clone())
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if (value := tensors.get(f"{key}/{name}")) is not None
             }
+        self.last_loss = found.loss
+        if not self._together.leads:
+            return found.done
         rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
         write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[: found.done]))
-        self.last_loss = found.loss
         return found.done
 
 

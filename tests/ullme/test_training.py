@@ -18,7 +18,7 @@ from ullme.artifacts import ArtifactRef, Store, sha256_file
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import Example, read_examples
 from ullme.encoder import Encoder
-from ullme.errors import ConfigError, DataError, NotFinite
+from ullme.errors import ConfigError, DataError, LimitExceeded, NotFinite
 from ullme.prompts import PromptConfig
 from ullme.sampling import Sampler
 from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, TrainConfig
@@ -244,7 +244,7 @@ def test_full_fine_tuning_moves_every_weight(kind: Any, refs: dict[str, Artifact
 
 
 def test_full_fine_tuning_with_a_preference_is_refused_before_the_first_step(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective 'grl' compares with a reference model.*set training\.adapter"):
+    with pytest.raises(ConfigError, match=r"objective 'grl' compares with the model as it was.*set training\.adapter"):
         Store(tmp_path).produce(TRAIN, config(PHASE, GRL, adapter=None), refs, seed=1)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
@@ -445,8 +445,8 @@ def test_every_field_is_among_those_tried() -> None:
     tried = {(place, field) for place, field, _ in CHANGES}
     sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
-    assert known - tried == {("phase", "generation"), ("adapter", "base_bits")}
-    assert set(TrainConfig.model_fields) == {"phases", "adapter", "generation_adapter", "start_from", "runtime"}
+    assert known - tried == {("phase", "generation"), ("phase", "adapter"), ("adapter", "base_bits")}
+    assert set(TrainConfig.model_fields) == {"phases", "adapter", "generation_adapter", "average_last", "start_from", "runtime"}
 
 
 def test_seed_adapter_and_start_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
@@ -545,3 +545,161 @@ def test_a_pooling_that_has_weights_is_trained_and_kept(tmp_path: Path) -> None:
     before, after = (load_file(ref.path / "1_LatentAttention" / "model.safetensors") for ref in (refs["model"], made))
     assert after["out.weight"].abs().max() > 0 == before["out.weight"].abs().max()
     assert Encoder.load(made.path).encode(["alpha"]).shape == (1, 64)
+
+
+# Phases and their adapters
+
+
+def last_phase(adapter: str, *, steps: int = 3, **phase: Any) -> dict[str, Any]:
+    return {**PHASE, "steps": steps, "adapter": adapter, "warmup_share": 0.0, **phase}
+
+
+def changes(ref: ArtifactRef, base: ArtifactRef) -> torch.Tensor:
+    """What training added to the projections of the MLP, one below the other: one product of each adapter there has been."""
+    name = "layers.0.mlp.up_proj.weight"
+    after, before = (next(v for k, v in load_file(r.path / "model.safetensors").items() if k.endswith(name)) for r in (ref, base))
+    return after - before
+
+
+def rank(matrix: torch.Tensor) -> int:
+    values = torch.linalg.svdvals(matrix.double())
+    return int((values > 1e-4 * values[0]).sum())
+
+
+@pytest.mark.parametrize(("policy", "ranks"), [("continue", 2), ("merge_then_new", 4), ("new", 2)])
+def test_a_phase_begins_with_the_adapter_it_names(policy: str, ranks: int, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store, base = Store(tmp_path), refs["model"]
+    first = changes(store.produce(TRAIN, config(PHASE), refs, seed=1), base)
+    still = changes(store.produce(TRAIN, config(PHASE, last_phase(policy, learning_rate=1e-12)), refs, seed=1), base)
+    kept = {"continue": first, "merge_then_new": first, "new": torch.zeros_like(first)}[policy]
+    assert torch.allclose(still, kept, atol=1e-6)
+    moved = store.produce(TRAIN, config(PHASE, last_phase(policy)), refs, seed=1)
+    assert rank(changes(moved, base)) == ranks
+    assert torch.linalg.matrix_norm(changes(moved, base) - kept) > 1e-3
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+@pytest.mark.parametrize("policy", ["merge_then_new", "new"])
+def test_a_run_whose_adapter_changed_resumes_bit_equal(
+    policy: str, step: int, refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    section = config(PHASE, last_phase(policy), runtime={"checkpoint_every": 1})
+    expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
+
+
+WARMED_UP = config(
+    {**PHASE, "objective": "sft"},
+    {**PHASE, "objective": "preference", "generation": GRL["generation"]},
+    runtime={"checkpoint_every": 1},
+)
+
+
+def test_a_preference_compares_with_the_model_at_the_beginning_of_its_phase(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    rows = rows_of(Store(tmp_path).produce(TRAIN, WARMED_UP, refs, seed=1))
+    preferences = [row["loss/preference"] for row in rows if "loss/preference" in row]
+    nothing_gained = [share * math.log(2) for share in (0.5, 1.0)]  # of the two queries, those that have a negative
+    assert min(abs(preferences[0] - value) for value in nothing_gained) < 1e-4
+    assert min(abs(preferences[-1] - value) for value in nothing_gained) > 1e-3
+    adapter = load_file(Store(tmp_path).produce(TRAIN, WARMED_UP, refs, seed=1).path / "adapter/adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_what_it_compares_with_survives_a_crash(step: int, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    expected = Store(tmp_path / "one").produce(TRAIN, WARMED_UP, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, WARMED_UP, refs, seed=1)
+    made = store.produce(TRAIN, WARMED_UP, refs, seed=1)
+    assert (made.digest, rows_of(made)) == (expected.digest, rows_of(expected))
+
+
+@pytest.mark.parametrize(
+    ("phases", "settings", "message"),
+    [
+        ((last_phase("new"),), {}, r"phases\.0\.adapter: new is for a phase after another"),
+        ((PHASE, last_phase("new")), {"adapter": None}, r"phases\.1\.adapter: new needs one adapter"),
+        ((PHASE, last_phase("new")), {"generation_adapter": SMALL}, r"phases\.1\.adapter: new needs one adapter"),
+        ((PHASE, last_phase("merge_then_new")), {"adapter": {**SMALL, "base_bits": 4}}, "needs the weights in full"),
+        ((PHASE, last_phase("merge_then_new")), {"runtime": {"shard": True}}, "needs the weights in full"),
+        ((PHASE,), {"average_last": 4}, "average_last: expected at most the last phase's 3 steps"),
+    ],
+)
+def test_what_cannot_begin_is_refused(phases: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(*phases, **settings)
+
+
+# Averages
+
+
+def test_the_last_weights_are_averaged(refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = config(PHASE, last_phase("continue", steps=4), average_last=3, runtime={"checkpoint_every": 1})
+    plain, seen = Loop.advance, []
+
+    def advance(self: Loop, *arguments: Any) -> None:
+        plain(self, *arguments)
+        seen.append({name: weight.clone() for name, weight in self.weights().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "advance", advance)
+        expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    found = load_file(expected.path / "adapter/adapter_model.safetensors")
+    for name, tensor in found.items():
+        own = name.replace(".weight", ".embedding.weight")
+        mean = torch.stack([weights[own] for weights in seen[-3:]]).mean(0)
+        assert torch.allclose(tensor, mean, atol=1e-7)
+    store = Store(tmp_path / "two")
+    kill_at(monkeypatch, 7, "before")
+    with pytest.raises(Killed):
+        store.produce(TRAIN, section, refs, seed=1)
+    monkeypatch.undo()
+    assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
+    assert weights_of(expected) != weights_of(store.produce(TRAIN, section.model_copy(update={"average_last": 0}), refs, seed=1))
+
+
+# Memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gradients of more tokens than the first entry do not fit, half way through the step; the budgets that were tried follow."""
+    tried = [60]
+    plain = gradcache.step
+
+    def step(encoder: Encoder, *arguments: Any, chunk_tokens: int) -> Any:
+        tried.append(chunk_tokens)
+        report = plain(encoder, *arguments, chunk_tokens=chunk_tokens)
+        if chunk_tokens > tried[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return report
+
+    monkeypatch.setattr(gradcache, "step", step)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_done_again_with_half_the_tokens(
+    refs: dict[str, ArtifactRef], base_run: ArtifactRef, tmp_path: Path, little_memory: list[int]
+) -> None:
+    section = TrainConfig.model_validate({**BASE.model_dump(), "runtime": {"chunk_tokens": 200}})
+    made = Store(tmp_path).produce(TRAIN, section, refs, seed=1)
+    assert little_memory == [60, 200, 100, 50, 50, 50]
+    before, after = (load_file(where.path / "model.safetensors") for where in (base_run, made))
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+
+
+def test_a_step_that_can_be_no_smaller_says_what_to_lower(
+    refs: dict[str, ArtifactRef], tmp_path: Path, little_memory: list[int]
+) -> None:
+    little_memory[0] = 0
+    section = TrainConfig.model_validate({**BASE.model_dump(), "runtime": {"chunk_tokens": 200}})
+    with pytest.raises(LimitExceeded, match=r"do not fit into memory \(CUDA out of memory.*set training.runtime.chunk_tokens"):
+        Store(tmp_path).produce(TRAIN, section, refs, seed=1)

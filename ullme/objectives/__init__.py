@@ -38,7 +38,7 @@ class Objective(Component):
 
     @property
     def uses_reference(self) -> bool:
-        """True when the log-probabilities under the reference model (adapters off) are needed too."""
+        """True when the log-probabilities under the reference model are needed too: the model as the phase began."""
         return any(objective.uses_reference for objective in self.inner)
 
     @property

@@ -22,9 +22,8 @@ class Grl(Objective):
 
     P_r = softmax(s_r / tau) and P_g = softmax(s_g / tau_g), detached, over the query's own candidates: its positive and hard
     negatives. s_r = cosine; s_g = mean log pi(p_t | prompt, q, p_<t) over the passage's tokens only, or another generation score
-    (`generation.score` of the phase). L_DPO is on summed
-    log-probabilities against the reference (adapters off), averaged over the query's negatives; `preference_loss` takes another
-    form in its place (see `ullme.losses.preference`).
+    (`generation.score` of the phase). L_DPO is on summed log-probabilities against the reference, the model as the phase began,
+    averaged over the query's negatives; `preference_loss` takes another form in its place (see `ullme.losses.preference`).
 
     At tau_g = 1 the differences of s_g are well below 1 nat, P_g is close to uniform and the KL flattens P_r; its entropy is
     logged as `generation_entropy`.

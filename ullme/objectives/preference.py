@@ -21,7 +21,7 @@ PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
 class Preference(Objective):
     """DPO (`sigmoid`), IPO or hinge between the positive and each negative, averaged per query (see `ullme.losses.preference`).
 
-    The reference is the model with its adapter off.
+    The reference is the model as it was when the phase began: the base, where that is the first one or begins with a new adapter.
     """
 
     loss: PreferenceLoss = "sigmoid"
