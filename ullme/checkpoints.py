@@ -98,7 +98,7 @@ class Checkpoints:
 
 def training_space(section: TrainConfig, inputs: Inputs) -> int:
     """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
-    copies = ADAM_COPIES + bool(section.average_last)
+    copies = ADAM_COPIES + bool(section.average_last or section.development)
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)

@@ -178,7 +178,7 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> float:
     squares = torch.stack([piece.to_local().double().square().sum() for piece in pieces]).sum()
     dist.all_reduce(squares)
     rest = [
-        parameter.grad.float().square().sum()
+        parameter.grad.double().square().sum()
         for parameter in parameters
         if not is_sharded(parameter) and parameter.grad is not None
     ]

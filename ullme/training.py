@@ -23,6 +23,7 @@ from ullme.artifacts import Draft, Inputs, Stage, digest_of, sync, write_atomic
 from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
+from ullme.development import DevelopmentConfig, reciprocal_rank, set_aside
 from ullme.errors import LimitExceeded, NotFinite
 from ullme.objectives import Objective
 from ullme.progress import Progress
@@ -129,6 +130,8 @@ class TrainConfig(Section):
     """An adapter of the language model's own; `adapter` then serves embeddings alone. The trained model keeps both, unmerged."""
     average_last: int = Field(default=0, ge=0)
     """Steps at the end whose weights are averaged (stochastic weight averaging, arXiv 1803.05407); 0: the last ones alone."""
+    development: DevelopmentConfig | None = None
+    """Queries set aside, to keep the best weights of the last phase and to stop early; null: the last weights are kept."""
     start_from: Literal["base", "champion"] = "base"
     """The weights that training starts from: the backbone's, or the released champion's (the backbone's while there is none)."""
     runtime: TrainRuntime = TrainRuntime()
@@ -145,6 +148,9 @@ class TrainConfig(Section):
                 raise ValueError(f"{where} needs one adapter; set adapter and leave generation_adapter out")
             if phase.adapter == "merge_then_new" and (self.adapter.base_bits is not None or self.runtime.shard):
                 raise ValueError(f"{where} needs the weights in full; leave out adapter.base_bits and runtime.shard")
+        if self.development is not None and (self.average_last or self.runtime.shard):
+            other = "average_last" if self.average_last else "runtime.shard"
+            raise ValueError(f"development and {other} do not go together: leave one of them out")
         if self.average_last > self.phases[-1].steps:
             raise ValueError(f"average_last: expected at most the last phase's {self.phases[-1].steps} steps")
         return self
@@ -188,7 +194,9 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
 
     together = distributed.current()
     negatives = inputs["negatives"] if "negatives" in inputs else None  # noqa: SIM401 - Inputs is no mapping
-    examples = read_examples(inputs["data"], negatives)
+    examples, aside = read_examples(inputs["data"], negatives), []
+    if section.development is not None:
+        examples, aside = set_aside(examples, section.development.queries, draft.seed)
     torch.manual_seed(draft.seed)
     encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
     _add_adapters(encoder, section)
@@ -200,7 +208,7 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     before = memory.recalled("before") or memory.remember("before", _scores(encoder, sample, section.runtime))
     if section.runtime.shard and together.count > 1:
         distributed.shard(encoder.model)
-    loop = Loop(encoder, section, draft, memory)
+    loop = Loop(encoder, section, draft, memory, aside)
     samplers: dict[int, Sampler] = {}
     for phase, step in loop.positions():
         if phase not in samplers:
@@ -217,8 +225,9 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
             parameter.data = trained[name].to(parameter.device)
     meta = {
         "dim": encoder.dim,
-        "steps": sum(phase.steps for phase in section.phases),
+        "steps": loop.steps_done,
         "examples": len(examples),
+        **loop.best_so_far,
         "final_loss": loop.last_loss,
         "train_seconds": round(time.monotonic() - started, 1),
     }
@@ -279,8 +288,7 @@ class Memory:
 class Loop:
     """The state of a training run: optimizer, position, metrics, checkpoints."""
 
-    def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft, memory: Memory) -> None:
-
+    def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft, memory: Memory, aside: Sequence[Example] = ()) -> None:
         from ullme.distributed import current
 
         self._encoder, self._section, self._draft, self._memory = encoder, section, draft, memory
@@ -290,7 +298,9 @@ class Loop:
         self._checkpoints = Checkpoints(draft.scratch, digest_of([section.identity(), draft.seed]))
         self.metrics_file = draft.scratch / "metrics.jsonl"
         self.last_loss = float("nan")
-        self._mean: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}  # the mean of the last weights, or the best
+        self._aside = aside
+        self._measured: list[tuple[int, float]] = []
         self._phase = 0
         self._trainable: dict[str, torch.nn.Parameter] = {}
         self._optimizer: torch.optim.AdamW
@@ -354,6 +364,9 @@ class Loop:
             logger.info("resuming training after step %d of %d", self._done, len(self._steps))
         with Progress(len(self._steps), "train", unit="step", initial=self._done) as progress:
             for position in range(self._done, len(self._steps)):
+                if self._is_over():
+                    logger.info("training ends at step %d: no better since step %d", position, self.best_so_far["best_step"])
+                    break
                 yield self._steps[position]
                 self._done = position + 1
                 if self._done % self._section.runtime.checkpoint_every == 0 or self._done == len(self._steps):
@@ -391,6 +404,7 @@ class Loop:
         self._optimizer.zero_grad(set_to_none=True)
         self._average(number)
         seconds = time.monotonic() - started
+        measured = self._measure(number)
         self.last_loss = report.loss
         row: dict[str, Any] = {
             "step": number,
@@ -400,6 +414,7 @@ class Loop:
             **report.health,
             "gradient_norm": norm,
             "learning_rate": rate,
+            **measured,
             "tokens_per_second": report.tokens / seconds,
             "seconds": seconds,
         }
@@ -443,14 +458,45 @@ class Loop:
             return
         for name, parameter in self._trainable.items():
             if count == 1:
-                self._mean[name] = parameter.detach().clone()
+                self._kept[name] = parameter.detach().clone()
             else:
-                self._mean[name] += (parameter.detach() - self._mean[name]) / count
+                self._kept[name] += (parameter.detach() - self._kept[name]) / count
+
+    def _measure(self, number: int) -> dict[str, float]:
+        """How well the queries that were set aside find their passages after a step, where that is due."""
+        settings, into = self._section.development, number - (len(self._steps) - self._section.phases[-1].steps)
+        if settings is None or into < 1 or (into % settings.every and number < len(self._steps)):
+            return {}
+        value = reciprocal_rank(self._encoder, self._aside, batch_tokens=self._section.runtime.chunk_tokens)
+        if all(value > other for _, other in self._measured):
+            self._kept = {name: parameter.detach().clone() for name, parameter in self._trainable.items()}
+        self._measured.append((number, value))
+        logger.info("step %d: MRR %.4f of %d queries that were set aside", number, value, len(self._aside))
+        return {"development_mrr": value}
+
+    @property
+    def best_so_far(self) -> dict[str, Any]:
+        """Where the best weights were, among those that were measured."""
+        if not self._measured:
+            return {}
+        step, value = max(self._measured, key=lambda found: (found[1], -found[0]))
+        return {"best_step": step, "development_mrr": value}
+
+    def _is_over(self) -> bool:
+        settings = self._section.development
+        if settings is None or settings.patience is None or not self._measured:
+            return False
+        return sum(step > self.best_so_far["best_step"] for step, _ in self._measured) >= settings.patience
+
+    @property
+    def steps_done(self) -> int:
+        """Optimisation steps there have been."""
+        return self._done
 
     def finish(self) -> None:
-        """Put the averaged weights in place, where there are any."""
-        for name, mean in self._mean.items():
-            self._trainable[name].data.copy_(mean)
+        """Put the averaged or the best weights in place, where there are any."""
+        for name, kept in self._kept.items():
+            self._trainable[name].data.copy_(kept)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What has been trained, by name, in full; every process must ask for it."""
@@ -487,8 +533,8 @@ class Loop:
             tensors[f"weight/{name}"] = whole(parameter).clone()
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = whole(value).clone()
-            if name in self._mean:
-                tensors[f"mean/{name}"] = whole(self._mean[name]).clone()
+            if name in self._kept:
+                tensors[f"kept/{name}"] = whole(self._kept[name]).clone()
         if self._together.leads:
             sync(self.metrics_file)
             self._checkpoints.save(Checkpoint(self._done, self.last_loss, tensors))
@@ -509,8 +555,8 @@ class Loop:
             self._enter(phase, load_file(file) if file.is_file() else {})
         tensors = found.tensors
         for name, parameter in self._trainable.items():
-            if f"mean/{name}" in tensors:
-                self._mean[name] = put(parameter, tensors[f"mean/{name}"].clone())
+            if f"kept/{name}" in tensors:
+                self._kept[name] = put(parameter, tensors[f"kept/{name}"].clone())
             parameter.data.copy_(put(parameter, tensors[f"weight/{name}"]))
             self._optimizer.state[parameter] = {
                 key: value.clone() if key == "step" else put(parameter, value.clone())
@@ -518,11 +564,15 @@ class Loop:
                 if (value := tensors.get(f"{key}/{name}")) is not None
             }
         self.last_loss = found.loss
-        if not self._together.leads:
-            return found.done
-        rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
-        write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[: found.done]))
+        rows = [json.loads(row) for row in self._together.agreed(lambda: self._trimmed(found.done))]
+        self._measured = [(row["step"], row["development_mrr"]) for row in rows if "development_mrr" in row]
         return found.done
+
+    def _trimmed(self, steps: int) -> list[str]:
+        """The rows of the first steps, all that is left in the file of metrics."""
+        rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
+        write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[:steps]))
+        return rows[:steps]
 
 
 def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime) -> dict[str, list[float]]:
