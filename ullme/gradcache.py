@@ -23,7 +23,7 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError
-from ullme.generation import Logprobs, passage_rows, teacher_scores
+from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
 from ullme.sampling import GenerationScore
@@ -85,7 +85,7 @@ class CandidateLogprobs:
 
     rows: Int[G] positions of these queries; total: Float[G K] summed over the passage's tokens; tokens: Int[G K] their
     number; reference: the same sums under the reference model, or None; present: Bool[G K]; teacher: Float[G K], a generation
-    score other than the mean, or None.
+    score other than the mean, or None. baseline: z of KTO, one number for the whole batch, without gradient, or None.
     """
 
     rows: Int[Tensor, " G"]
@@ -94,6 +94,7 @@ class CandidateLogprobs:
     present: Bool[Tensor, "G K"]
     reference: Float[Tensor, "G K"] | None = None
     teacher: Float[Tensor, "G K"] | None = None
+    baseline: Float[Tensor, ""] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "G K"]:
@@ -219,6 +220,7 @@ def _passages(
 ) -> tuple[CandidateLogprobs, int]:
     """log pi(p | q) of every candidate, with the backward of the terms that train on it."""
     width = batch.candidates.shape[1]
+    baseline, cost = _baseline(encoder, batch, chunk_tokens=chunk_tokens) if objective.uses_mismatched else (None, 0)
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
     parts: list[CandidateLogprobs] = []
     order: list[int] = []
@@ -241,6 +243,7 @@ def _passages(
             _spread(counts, where, (len(chunk), width)),
             present,
             reference,
+            baseline=baseline,
         )
         losses = objective.generation_loss(scores)
         if losses:
@@ -260,7 +263,24 @@ def _passages(
         torch.cat(references)[back] if references else None,
     )
     passes = 2 if objective.uses_reference else 1
-    return joined, passes * sum(len(row) for group in grouped for row in group if row is not None)
+    return joined, cost + passes * sum(len(row) for group in grouped for row in group if row is not None)
+
+
+@torch.no_grad()
+def _baseline(encoder: Encoder, batch: TrainBatch, *, chunk_tokens: int) -> tuple[Float[Tensor, ""], int]:
+    """z of KTO (arXiv 2402.01306, section 4.1), and the tokens that went through the model for it.
+
+    The mean over the scored queries of log pi(p' | q) - log pi_ref(p' | q), at least 0, where p' is the target of the next scored
+    query; 0 for a single query, which has no other one's passage. With dropout, z is that of one draw, like every other score.
+    """
+    if len(batch.scored) < 2:
+        return torch.zeros((), device=encoder.device), 0
+    others = [batch.passages[(place + 1) % len(batch.passages)][:1] for place in range(len(batch.passages))]
+    rows = passage_rows(batch.prompts, others)
+    policy = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+    with encoder.adapters_off():
+        reference = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+    return (policy.total - reference.total).mean().clamp_min(0), policy.cost + reference.cost
 
 
 def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:

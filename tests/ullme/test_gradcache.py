@@ -44,11 +44,13 @@ OBJECTIVES: dict[str, Objective] = {
     "false negatives": Contrastive(temperature=0.1, false_negative_margin=0.01),
     "grl": GRL,
     "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
+    "grl, kto": GRL.model_copy(update={"preference_loss": "kto", "label_smoothing": 0.0}),
     "sft": Sft(kind="sft"),
     "sft, summed": Sft(kind="sft", per_token=False),
     "preference": Preference(label_smoothing=0.1, beta=0.2),
     "preference, ipo": Preference(loss="ipo", beta=0.2),
     "preference, hinge": Preference(loss="hinge", beta=0.2),
+    "preference, kto": Preference(loss="kto", beta=0.2),
     "spread_out": SpreadOut(),
     "sum": Sum(
         parts=(
@@ -59,6 +61,7 @@ OBJECTIVES: dict[str, Objective] = {
         )
     ),
 }
+SEEDS = {"preference, kto": 7}  # a batch whose baseline is above zero; of the others it is cut off there
 BUDGETS = [1, 60, 150, 100_000]  # one row per chunk, several, all at once
 
 
@@ -137,13 +140,28 @@ def preference_plainly(objective: Any, loss: str, policy: list[Tensor], referenc
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
 
 
+def kto_plainly(beta: float, generation: list[Scored]) -> Tensor:
+    baseline = torch.stack([of.mismatched for of in generation]).mean().clamp(min=0)
+    values = []
+    for of in generation:
+        gains = [policy - reference for policy, reference in zip(of.policy, of.reference, strict=True)]
+        values.append((1 - torch.sigmoid(beta * (gains[0] - baseline))) / 2)
+        if gains[1:]:
+            values[-1] = values[-1] + torch.stack([1 - torch.sigmoid(beta * (baseline - gain)) for gain in gains[1:]]).mean() / 2
+    return torch.stack(values).mean()
+
+
 class Scored(NamedTuple):
-    """Of one query's candidates: which they are, their log-probabilities, those of the reference, and their lengths."""
+    """Of one query's candidates: which they are, their log-probabilities, those of the reference, and their lengths.
+
+    mismatched: log pi - log pi_ref of the next scored query's target.
+    """
 
     query: int
     policy: list[Tensor]
     reference: list[Tensor]
     lengths: list[int]
+    mismatched: Tensor
 
 
 def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
@@ -153,7 +171,13 @@ def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
         policy = [logprob_by_hand(encoder, row) for row in rows]
         with torch.no_grad(), encoder.model.disable_adapter():
             reference = [logprob_by_hand(encoder, row) for row in rows]
-        found.append(Scored(q, policy, reference, [len(row) - row.prompt for row in rows]))
+        other = batch.passages[(place + 1) % len(batch.scored)][0]
+        with torch.no_grad():
+            stranger = TokenRow([*batch.prompts[place], *other], len(batch.prompts[place]))
+            mismatched = logprob_by_hand(encoder, stranger)
+            with encoder.model.disable_adapter():
+                mismatched = mismatched - logprob_by_hand(encoder, stranger)
+        found.append(Scored(q, policy, reference, [len(row) - row.prompt for row in rows], mismatched))
     return found
 
 
@@ -182,7 +206,11 @@ def terms_plainly(
         values = [-of.policy[0] / (of.lengths[0] if objective.per_token else 1) for of in generation]
         return {"sft": torch.stack(values).mean()}
     loss = objective.loss if isinstance(objective, Preference) else objective.preference_loss
-    preference = torch.stack([preference_plainly(objective, loss, of.policy, of.reference, of.lengths) for of in generation]).mean()
+    if loss == "kto":
+        preference = kto_plainly(objective.beta, generation)
+    else:
+        values = [preference_plainly(objective, loss, of.policy, of.reference, of.lengths) for of in generation]
+        preference = torch.stack(values).mean()
     if isinstance(objective, Preference):
         return {"preference": preference}
     kl = []
@@ -222,7 +250,7 @@ def cached(encoder: Encoder, objective: Objective, batch: TrainBatch, budget: in
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_chunk_budget_gives_the_gradient_of_the_plain_loss(name: str) -> None:
     encoder, objective = encoder64(), OBJECTIVES[name]
-    batch = toy_batch(encoder)
+    batch = toy_batch(encoder, seed=SEEDS.get(name, 0))
     terms, expected = uncached(encoder, objective, batch)
     assert min(float(gradient.norm()) for gradient in expected.values()) > 1e-6
     for budget in BUDGETS:
@@ -242,6 +270,24 @@ def test_each_term_alone_has_its_plain_gradient(weights: tuple[int, int, int]) -
     for budget in (1, 100_000):
         _, got = cached(encoder, objective, batch, budget)
         assert max(errors(got, expected)) <= 1e-9
+
+
+def test_the_baseline_of_kto_is_of_the_whole_batch_and_zero_where_one_query_is_scored() -> None:
+    encoder, objective = encoder64(), OBJECTIVES["preference, kto"]
+    baselines: list[float] = []
+    plain = Preference.generation_loss
+
+    def watched(self: Preference, logprobs: Any) -> dict[str, Tensor]:
+        baselines.append(float(logprobs.baseline))
+        return plain(self, logprobs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Preference, "generation_loss", watched)
+        cached(encoder, objective, toy_batch(encoder, seed=7), 1)
+        cached(encoder, objective, toy_batch(encoder, seed=7, scored=[2]), 1)
+    assert min(baselines[:4]) > 0
+    assert len(set(baselines[:4])) == 1
+    assert baselines[4:] == [0.0]
 
 
 def test_full_fine_tuning_has_its_plain_gradient() -> None:

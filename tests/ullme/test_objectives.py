@@ -103,6 +103,7 @@ FIELDS = [
     (Sft(), {"per_token": False}),
     (Preference(), {"loss": "ipo"}),
     (Preference(), {"loss": "hinge"}),
+    (Preference(), {"loss": "kto"}),
     (Preference(), {"beta": 0.4}),
     (Preference(), {"label_smoothing": 0.2}),
     (SUM, {"parts": (SUM.parts[0], SUM.parts[1].model_copy(update={"weight": 0.5}))}),
@@ -118,6 +119,7 @@ FIELDS = [
             {"label_smoothing": 0.2},
             {"generation_temperature": 0.1},
             {"preference_loss": "ipo"},
+            {"preference_loss": "kto"},
         )
     ],
 ]
@@ -153,6 +155,7 @@ def test_every_field_is_among_those_tried() -> None:
         ({"kind": "contrastive", "symmetric": True, "all_pairs": True}, "set one of them"),
         ({"kind": "contrastive", "all_pairs": True, "in_batch": False}, "needs in_batch: true"),
         ({"kind": "preference", "loss": "hinge", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
+        ({"kind": "preference", "loss": "kto", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
         ({"kind": "grl", "preference_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is defined for preference_loss"),
     ],
 )

@@ -42,6 +42,11 @@ class Objective(Component):
         return any(objective.uses_reference for objective in self.inner)
 
     @property
+    def uses_mismatched(self) -> bool:
+        """True when `generation_loss` reads `CandidateLogprobs.baseline`, measured on queries beside another one's passage."""
+        return any(objective.uses_mismatched for objective in self.inner)
+
+    @property
     def uses_teacher(self) -> bool:
         """True when `batch_loss` reads the generation score of the candidates."""
         return any(objective.uses_teacher for objective in self.inner)
