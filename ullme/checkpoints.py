@@ -108,7 +108,7 @@ def training_space(section: TrainConfig, inputs: Inputs) -> int:
         adapted = [tensor for tensor in tensors if is_adapted(tensor, section.adapter)]
         adapter, trained = 4 * sum(_added(tensor, section.adapter) for tensor in adapted), 2 * len(adapted)
         checkpoint = ADAM_COPIES * adapter
-    headers = HEADER_BYTES * trained
+    headers = HEADER_BYTES * (trained + sum(len(phase.objective.learned) for phase in section.phases))
     rest = sum(sizes.values()) - weights + SETTINGS_BYTES
     steps = sum(phase.steps for phase in section.phases)
     metrics = METRICS_ROW_BYTES * steps

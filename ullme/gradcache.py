@@ -11,9 +11,9 @@ dropout, the random state of each chunk is replayed, so that both passes give bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -59,12 +59,16 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Representations:
-    """Unit-norm embeddings of a batch and who belongs to whom."""
+    """Unit-norm embeddings of a batch and who belongs to whom.
+
+    learned: log(1 / temperature) of each temperature that is trained, by name (see `Objective.learned`).
+    """
 
     queries: Float[Tensor, "Q D"]
     documents: Float[Tensor, "C D"]
     candidates: Int[Tensor, "Q K"]
     known: Bool[Tensor, "Q C"]
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def target(self) -> Int[Tensor, " Q"]:
@@ -121,10 +125,18 @@ class StepReport:
         return sum(self.terms.values())
 
 
-def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int) -> StepReport:
-    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters.
+def step(
+    encoder: Encoder,
+    objective: Objective,
+    batch: TrainBatch,
+    *,
+    chunk_tokens: int,
+    learned: Mapping[str, Tensor] | None = None,
+) -> StepReport:
+    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters, and to those `learned`.
 
-    chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result.
+    chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result. learned: log(1 /
+    temperature) of each temperature that `objective.learned` names.
     """
     device = encoder.device
     rows = [*batch.queries, *batch.documents]
@@ -156,6 +168,7 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
         cached[len(batch.queries) :],
         torch.as_tensor(batch.candidates, device=device),
         torch.as_tensor(batch.known, device=device),
+        learned=learned or {},
     )
     losses = objective.batch_loss(representations, generation)
     if losses:

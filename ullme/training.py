@@ -23,7 +23,7 @@ from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
 from ullme.errors import NotFinite
-from ullme.objectives import Objective
+from ullme.objectives import LEARNED_RANGE, Objective
 from ullme.progress import Progress
 from ullme.sampling import GenerationScore, Sampler
 
@@ -203,7 +203,18 @@ class Loop:
         self._trainable = encoder.trainable()
         for parameter in self._trainable.values():
             parameter.data = parameter.data.float() if section.adapter is not None else parameter.data
-        self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self._learned = [  # per phase: log(1 / temperature) of those that are trained, from the phase's own start
+            {
+                name: torch.nn.Parameter(torch.tensor(-math.log(start), device=encoder.device))
+                for name, start in phase.objective.learned.items()
+            }
+            for phase in section.phases
+        ]
+        scalars = {f"learned.{number}.{name}": value for number, of in enumerate(self._learned) for name, value in of.items()}
+        self._state = self._trainable | scalars
+        groups = [{"params": list(self._trainable.values()), "decays": True}]
+        groups += [{"params": list(scalars.values()), "decays": False}] if scalars else []
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
         self._steps = [(p, s) for p, phase in enumerate(section.phases) for s in range(phase.steps)]
         self._checkpoints = Checkpoints(draft.scratch, digest_of([section.identity(), draft.seed]))
         self.metrics_file = draft.scratch / "metrics.jsonl"
@@ -228,26 +239,31 @@ class Loop:
 
         from ullme import gradcache
 
-        settings = self._section.phases[phase]
+        settings, learned = self._section.phases[phase], self._learned[phase]
         model = self._encoder.model
         started = time.monotonic()
         # The generator restarts at every step, so resuming needs no random state of its own.
         torch.manual_seed(int(np.random.SeedSequence([self._draft.seed, phase, step]).generate_state(1)[0]))
         model.train()
         batch = sampler.batch(step, self._encoder)
-        report = gradcache.step(self._encoder, settings.objective, batch, chunk_tokens=self._section.runtime.chunk_tokens)
+        budget = self._section.runtime.chunk_tokens
+        report = gradcache.step(self._encoder, settings.objective, batch, chunk_tokens=budget, learned=learned)
         number = sum(p.steps for p in self._section.phases[:phase]) + step + 1
         for name, value in report.terms.items():
             if not math.isfinite(value):
                 raise NotFinite(number, name, batch.query_ids)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._trainable.values(), settings.max_grad_norm))
+        trained = [*self._trainable.values(), *learned.values()]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         if not math.isfinite(norm):
             raise NotFinite(number, "the gradient", batch.query_ids)
         rate = settings.learning_rate_at(step)
         for group in self._optimizer.param_groups:
-            group["lr"], group["weight_decay"] = rate, settings.weight_decay
+            group["lr"], group["weight_decay"] = rate, settings.weight_decay if group["decays"] else 0.0
+        temperatures = {name: math.exp(-float(value.detach())) for name, value in learned.items()}
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        for value in learned.values():
+            value.data.clamp_(-math.log(LEARNED_RANGE[1]), -math.log(LEARNED_RANGE[0]))
         seconds = time.monotonic() - started
         self.last_loss = report.loss
         row: dict[str, Any] = {
@@ -256,6 +272,7 @@ class Loop:
             "loss": report.loss,
             **{f"loss/{name}": value for name, value in report.terms.items()},
             **report.health,
+            **temperatures,
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": report.tokens / seconds,
@@ -300,7 +317,7 @@ class Loop:
     def _checkpoint(self) -> None:
         sync(self.metrics_file)
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self._trainable.items():
+        for name, parameter in self._state.items():
             tensors[f"weight/{name}"] = parameter.detach().clone()
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value.detach().clone()
@@ -313,7 +330,7 @@ class Loop:
             self.metrics_file.unlink(missing_ok=True)
             return 0
         tensors = found.tensors
-        for name, parameter in self._trainable.items():
+        for name, parameter in self._state.items():
             parameter.data.copy_(tensors[f"weight/{name}"])
             self._optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors

@@ -17,6 +17,7 @@ from ullme.gradcache import Representations, StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.grl import Grl
+from ullme.objectives.matryoshka import Matryoshka
 from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
 from ullme.objectives.spread_out import SpreadOut
@@ -42,6 +43,9 @@ OBJECTIVES: dict[str, Objective] = {
     "hard in batch": Contrastive(temperature=0.1, hardness=5, hardness_of="in_batch_negatives"),
     "hard mined": Contrastive(temperature=0.1, hardness=5, hardness_of="hard_negatives", all_pairs=True),
     "false negatives": Contrastive(temperature=0.1, false_negative_margin=0.01),
+    "learned": Contrastive(temperature=0.1, learn_temperature=True),
+    "learned, hard and symmetric": Contrastive(temperature=0.1, learn_temperature=True, hardness=5, symmetric=True),
+    "matryoshka, learned": Matryoshka(dims=(64, 16), objective=Contrastive(kind="contrastive", learn_temperature=True)),
     "grl": GRL,
     "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
     "grl, kto": GRL.model_copy(update={"preference_loss": "kto", "label_smoothing": 0.0}),
@@ -54,7 +58,7 @@ OBJECTIVES: dict[str, Objective] = {
     "spread_out": SpreadOut(),
     "sum": Sum(
         parts=(
-            Part(objective=Contrastive(kind="contrastive", temperature=0.1)),
+            Part(objective=Contrastive(kind="contrastive", temperature=0.1, learn_temperature=True)),
             Part(objective=SpreadOut(kind="spread_out"), weight=0.3),
             Part(objective=Sft(kind="sft"), weight=0.2),
             Part(objective=Preference(kind="preference", loss="hinge"), weight=0.1),
@@ -83,10 +87,20 @@ def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
     return torch.logsumexp(torch.stack(logits), 0) - logits[target]
 
 
+def learned_of(objective: Objective) -> dict[str, Tensor]:
+    """log(1 / temperature) of what is learned, away from where it starts."""
+    return {
+        name: torch.tensor(0.2 - math.log(start), dtype=torch.float64, requires_grad=True)
+        for name, start in objective.learned.items()
+    }
+
+
 def contrastive_plainly(
-    objective: Contrastive | Grl, scores: Tensor, batch: TrainBatch, queries: Tensor, documents: Tensor
+    objective: Contrastive | Grl, batch: TrainBatch, queries: Tensor, documents: Tensor, learned: dict[str, Tensor]
 ) -> Tensor:
     plain = Contrastive() if isinstance(objective, Grl) else objective
+    scores = queries @ documents.T
+    temperature: Any = 1 / learned["temperature"].exp() if plain.learn_temperature else objective.temperature
     terms = []
     for q in range(len(scores)):
         target = int(batch.candidates[q, 0])
@@ -97,7 +111,7 @@ def contrastive_plainly(
             kept = [c for c in kept if c == target or scores[q, c] <= scores[q, target] + plain.false_negative_margin]
         hard = {"all_negatives": set(kept), "hard_negatives": own, "in_batch_negatives": set(kept) - own}[plain.hardness_of]
         logits = [
-            scores[q, c] / objective.temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
+            scores[q, c] / temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
             for c in kept
         ]
         if plain.all_pairs:
@@ -106,7 +120,7 @@ def contrastive_plainly(
             extra = [queries[q] @ queries[o] for o in others]
             extra += [scores[o, target] for o in range(len(scores)) if o == q or (o in others and not batch.known[o, target])]
             extra += [documents[target] @ documents[c] for c in range(len(documents)) if c not in own and not batch.known[q, c]]
-            logits += [value / objective.temperature for value in extra]
+            logits += [value / temperature for value in extra]
         terms.append(cross_entropy(logits, kept.index(target)))
     loss = torch.stack(terms).mean()
     if isinstance(objective, Contrastive) and objective.symmetric:
@@ -114,7 +128,7 @@ def contrastive_plainly(
         for q in range(len(scores)):
             target = int(batch.candidates[q, 0])
             kept = [o for o in range(len(scores)) if o == q or (not batch.known[o, target] and batch.candidates[o, 0] != target)]
-            mirrored.append(cross_entropy([scores[o, target] / objective.temperature for o in kept], kept.index(q)))
+            mirrored.append(cross_entropy([scores[o, target] / temperature for o in kept], kept.index(q)))
         loss = (loss + torch.stack(mirrored).mean()) / 2
     return loss
 
@@ -181,23 +195,28 @@ def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
     return found
 
 
-def plainly(encoder: Encoder, objective: Any, batch: TrainBatch) -> dict[str, Tensor]:
+def plainly(encoder: Encoder, objective: Any, batch: TrainBatch, learned: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each row goes through the model once, whatever terms use it: the norms round to float32, so two passes do not add up."""
     queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
     documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
-    generation = [] if isinstance(objective, Contrastive | SpreadOut) else scored_plainly(encoder, batch)
-    return terms_plainly(objective, batch, queries, documents, generation)
+    generation = scored_plainly(encoder, batch) if objective.uses_generation else []
+    return terms_plainly(objective, batch, (queries, documents), generation, learned)
 
 
 def terms_plainly(
-    objective: Any, batch: TrainBatch, queries: Tensor, documents: Tensor, generation: list[Scored]
+    objective: Any, batch: TrainBatch, embedded: tuple[Tensor, Tensor], generation: list[Scored], learned: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    queries, documents = embedded
     scores = queries @ documents.T
     if isinstance(objective, Sum):
-        parts = [(part.weight, terms_plainly(part.objective, batch, queries, documents, generation)) for part in objective.parts]
+        parts = [(part.weight, terms_plainly(part.objective, batch, embedded, generation, learned)) for part in objective.parts]
         return {name: weight * value for weight, terms in parts for name, value in terms.items()}
+    if isinstance(objective, Matryoshka):
+        short = [tuple(rows[:, :dim] / rows[:, :dim].norm(dim=1, keepdim=True) for rows in embedded) for dim in objective.dims]
+        found = [terms_plainly(objective.objective, batch, cut, generation, learned) for cut in short]  # type: ignore[arg-type]
+        return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
     if isinstance(objective, Contrastive):
-        return {"contrastive": contrastive_plainly(objective, scores, batch, queries, documents)}
+        return {"contrastive": contrastive_plainly(objective, batch, queries, documents, learned)}
     if isinstance(objective, SpreadOut):
         targets = [int(column) for column in batch.candidates[:, 0]]
         apart = spread_out_plainly(queries, list(range(len(queries)))) + spread_out_plainly(documents[targets], targets)
@@ -221,16 +240,22 @@ def terms_plainly(
         student = scores[of.query, own] / objective.temperature
         kl.append((teacher.softmax(0) * (teacher.log_softmax(0) - student.log_softmax(0))).sum())
     return {
-        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch, queries, documents),
+        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, batch, queries, documents, learned),
         "preference": objective.preference_weight * preference,
         "kl": objective.kl_weight * torch.stack(kl).mean(),
     }
 
 
 def uncached(encoder: Encoder, objective: Objective, batch: TrainBatch) -> tuple[dict[str, float], dict[str, Tensor]]:
-    terms = plainly(encoder, objective, batch)
+    learned = learned_of(objective)
+    terms = plainly(encoder, objective, batch, learned)
     torch.stack(list(terms.values())).sum().backward()
-    return {name: float(value.detach()) for name, value in terms.items()}, gradients(encoder)
+    return {name: float(value.detach()) for name, value in terms.items()}, gradients(encoder) | of_learned(learned)
+
+
+def of_learned(learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of each learned temperature."""
+    return {f"learned {name}": value.grad for name, value in learned.items() if value.grad is not None}
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
@@ -243,8 +268,9 @@ def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, 
 
 
 def cached(encoder: Encoder, objective: Objective, batch: TrainBatch, budget: int) -> tuple[StepReport, dict[str, Tensor]]:
-    report = step(encoder, objective, batch, chunk_tokens=budget)
-    return report, gradients(encoder)
+    learned = learned_of(objective)
+    report = step(encoder, objective, batch, chunk_tokens=budget, learned=learned)
+    return report, gradients(encoder) | of_learned(learned)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,7 @@ FIELDS = [
     (NESTED, {"dims": (64,)}),
     (NESTED, {"objective": Contrastive(kind="contrastive")}),
     (Contrastive(), {"temperature": 0.2}),
+    (Contrastive(), {"learn_temperature": True}),
     (Contrastive(), {"in_batch": False}),
     (Contrastive(), {"symmetric": True}),
     (Contrastive(), {"all_pairs": True}),
@@ -133,7 +135,8 @@ def test_every_field_changes_the_gradient(objective: Objective, change: dict[str
     batch = toy_batch(encoder)
     found = []
     for candidate in (objective, objective.model_copy(update=change)):
-        step(encoder, candidate, batch, chunk_tokens=1000)
+        learned = {name: torch.tensor(0.3 - math.log(start)) for name, start in candidate.learned.items()}
+        step(encoder, candidate, batch, chunk_tokens=1000, learned=learned)
         found.append(torch.cat([gradient.flatten() for gradient in gradients(encoder).values()]))
     assert float((found[0] - found[1]).norm() / found[0].norm()) > 1e-4
     assert set(change) <= set(type(objective).model_fields)
@@ -146,6 +149,10 @@ def test_every_field_is_among_those_tried() -> None:
         }
 
 
+LEARNED = {"kind": "contrastive", "learn_temperature": True}
+SHORT = {"kind": "matryoshka", "dims": [8], "objective": LEARNED}
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -153,6 +160,11 @@ def test_every_field_is_among_those_tried() -> None:
         ({"kind": "matryoshka", "objective": "grl", "dims": [8, 8]}, "expected each length once"),
         ({"kind": "sum", "parts": [PARTS[0], PARTS[0]]}, "expected each kind once, got contrastive twice"),
         ({"kind": "contrastive", "symmetric": True, "all_pairs": True}, "set one of them"),
+        ({"kind": "contrastive", "learn_temperature": True, "temperature": 2}, "stays between 0.01 and 1, got 2"),
+        (
+            {"kind": "sum", "parts": [{"objective": LEARNED}, {"objective": SHORT}]},
+            "expected one objective that learns temperature",
+        ),
         ({"kind": "contrastive", "all_pairs": True, "in_batch": False}, "needs in_batch: true"),
         ({"kind": "preference", "loss": "hinge", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
         ({"kind": "preference", "loss": "kto", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),

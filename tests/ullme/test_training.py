@@ -234,6 +234,36 @@ def test_the_loss_falls_on_a_toy_problem(refs: dict[str, ArtifactRef], tmp_path:
         assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5]), name
 
 
+def test_a_learned_temperature_starts_where_it_is_told_moves_and_does_not_decay(
+    refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    found = []
+    for decay in (0.0, 0.9):
+        phase = {**LEARNED, "weight_decay": decay}
+        rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase, phase), refs, seed=1))
+        found.append([row["temperature"] for row in rows])
+        assert rows[0]["temperature"] == rows[3]["temperature"] == pytest.approx(0.05, rel=1e-6)  # each phase has its own
+        assert len({row["temperature"] for row in rows[:3]}) == 3
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(("start", "beyond"), [(0.0101, 0.01), (0.99, 1.0)])
+def test_a_learned_temperature_stays_in_range(
+    start: float, beyond: float, refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradcache.step
+
+    def pushed(*arguments: Any, **options: Any) -> Any:
+        report = plain(*arguments, **options)
+        options["learned"]["temperature"].grad = torch.tensor(-1.0 if beyond < 0.5 else 1.0)
+        return report
+
+    monkeypatch.setattr(gradcache, "step", pushed)
+    phase = {**LEARNED, "objective": {**LEARNED["objective"], "temperature": start}, "learning_rate": 0.1}
+    rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase), refs, seed=1))
+    assert [row["temperature"] for row in rows] == pytest.approx([start, beyond, beyond], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["contrastive", {"kind": "grl", "preference_weight": 0}])
 def test_full_fine_tuning_moves_every_weight(kind: Any, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     ref = Store(tmp_path).produce(TRAIN, config({**GRL, "objective": kind}, adapter=None), refs, seed=1)
@@ -257,8 +287,9 @@ class Killed(BaseException):
 
 
 FROZEN = {**GRL, "generation": {**GRL["generation"], "score": "sum", "teacher": "frozen"}}
+LEARNED = {**PHASE, "objective": {"kind": "contrastive", "learn_temperature": True}}
 TWO_PHASES = config(
-    FROZEN, {**PHASE, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
+    FROZEN, {**LEARNED, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
 )
 
 

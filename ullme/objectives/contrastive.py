@@ -24,12 +24,15 @@ class Contrastive(Objective):
     `all_pairs` adds the query's cosines with other queries, and its target's with all queries and with the passages of other
     queries, to the one sum (GTE, arXiv 2308.03281, section 3.3).
 
+    learn_temperature: log(1 / tau) is a weight, too, starting at `temperature` (CLIP, arXiv 2103.00020; GEM, arXiv 2506.04344).
+
     hardness: alpha s(q,p), without gradient, is added to the logits of the negatives that `hardness_of` names, so that near
     ones weigh more: all of them or those in the batch (LLaVE, arXiv 2503.04812, eq. 5), or the mined ones (EmbeddingGemma,
     arXiv 2509.20354). false_negative_margin: passages whose cosine exceeds the target's by more leave the sum; null: none.
     """
 
     temperature: float = Field(default=0.05, gt=0)
+    learn_temperature: bool = False
     in_batch: bool = True
     symmetric: bool = False
     all_pairs: bool = False
@@ -46,6 +49,11 @@ class Contrastive(Objective):
             raise ValueError("symmetric and all_pairs are two ways of comparing both sides; set one of them")
         return self
 
+    @property
+    def learned(self) -> dict[str, float]:
+        """`temperature`, if it is."""
+        return {"temperature": self.temperature} if self.learn_temperature else {}
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """One term, `contrastive`."""
         del generation
@@ -54,6 +62,7 @@ class Contrastive(Objective):
         from ullme.losses import info_nce
 
         queries, documents, target = representations.queries, representations.documents, representations.target
+        temperature = torch.exp(-representations.learned["temperature"]) if self.learn_temperature else self.temperature
         rows = torch.arange(len(target), device=target.device)
         similarity = queries @ documents.T
         ignored = representations.known if self.in_batch else ~representations.own | representations.known
@@ -63,16 +72,16 @@ class Contrastive(Objective):
             ignored[rows, target] = False
         scores = similarity
         if self.hardness > 0:
-            scores = similarity + self.temperature * self.hardness * (similarity.detach() * self._weighted(representations))
+            scores = similarity + temperature * self.hardness * (similarity.detach() * self._weighted(representations))
         backward = similarity[:, target].T
         same = target.unsqueeze(0) == target.unsqueeze(1)
         mirrored = representations.known[:, target].T | (same & (rows.unsqueeze(0) != rows.unsqueeze(1)))
         if self.all_pairs:
             scores = torch.cat([scores, queries @ queries.T, backward, documents[target] @ documents.T], dim=1)
             ignored = torch.cat([ignored, same, mirrored, representations.own | representations.known], dim=1)
-        loss = info_nce(scores, target, ignored, temperature=self.temperature).mean()
+        loss = info_nce(scores, target, ignored, temperature=temperature).mean()
         if self.symmetric:
-            loss = (loss + info_nce(backward, rows, mirrored, temperature=self.temperature).mean()) / 2
+            loss = (loss + info_nce(backward, rows, mirrored, temperature=temperature).mean()) / 2
         return {"contrastive": loss}
 
     def _weighted(self, representations: Representations) -> Tensor:
