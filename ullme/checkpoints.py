@@ -96,8 +96,13 @@ class Checkpoints:
         return None
 
 
-def training_space(section: TrainConfig, inputs: Inputs) -> int:
-    """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
+def training_space(section: TrainConfig, inputs: Inputs) -> int | None:
+    """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model.
+
+    None with a guide, whose vectors are kept as well: their length is not known before it is loaded.
+    """
+    if any(phase.guide is not None for phase in section.phases):
+        return None
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)

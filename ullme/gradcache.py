@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
-from ullme.errors import ConfigError
+from ullme.errors import ConfigError, ContractError
 from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
@@ -40,7 +40,8 @@ class TrainBatch:
     scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
     them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
     alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
-    Float[G K], the score as it was stored, or None.
+    Float[G K], the score as it was stored, or None. guide_queries: Float[Q G] and guide_documents: Float[C G], the unit-norm
+    embeddings of the phase's guide, or None.
     """
 
     query_ids: Sequence[str]
@@ -55,6 +56,8 @@ class TrainBatch:
     alone: Sequence[Sequence[TokenRow | None]] = ()
     questions: Sequence[Sequence[TokenRow | None]] = ()
     teacher: np.ndarray | None = None
+    guide_queries: np.ndarray | None = None
+    guide_documents: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,19 @@ class Representations:
     candidates: Int[Tensor, "Q K"]
     known: Bool[Tensor, "Q C"]
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    guide_queries: Float[Tensor, "Q G"] | None = None
+    guide_documents: Float[Tensor, "C G"] | None = None
+
+    @property
+    def guide(self) -> tuple[Float[Tensor, "Q G"], Float[Tensor, "C G"]]:
+        """The guide's embeddings of the queries and of the passages.
+
+        Raises:
+            ContractError: the batch brought none.
+        """
+        if self.guide_queries is None or self.guide_documents is None:
+            raise ContractError("this objective reads the embeddings of a guide, and the batch has none; set the phase's guide")
+        return self.guide_queries, self.guide_documents
 
     @property
     def target(self) -> Int[Tensor, " Q"]:
@@ -168,7 +184,8 @@ def step(
         cached[len(batch.queries) :],
         torch.as_tensor(batch.candidates, device=device),
         torch.as_tensor(batch.known, device=device),
-        learned=learned or {},
+        learned or {},
+        *(None if of is None else torch.as_tensor(of, device=device) for of in (batch.guide_queries, batch.guide_documents)),
     )
     losses = objective.batch_loss(representations, generation)
     if losses:

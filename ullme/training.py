@@ -23,6 +23,7 @@ from ullme.checkpoints import Checkpoint, Checkpoints, training_space
 from ullme.components import Section, component
 from ullme.data import Example, read_examples
 from ullme.errors import NotFinite
+from ullme.guide import GuideConfig, guides
 from ullme.objectives import LEARNED_RANGE, Objective
 from ullme.progress import Progress
 from ullme.sampling import GenerationScore, Sampler
@@ -91,6 +92,16 @@ class PhaseConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     generation: GenerationConfig = GenerationConfig()
+    guide: GuideConfig | None = None
+    """An embedding model that is not trained: what `contrastive.guided` and `distill` compare with."""
+
+    @model_validator(mode="after")
+    def _a_guide_where_it_is_read(self) -> PhaseConfig:
+        if self.objective.uses_guide and self.guide is None:
+            raise ValueError(f"guide: objective '{self.objective.kind}' compares with one; set guide: {{model: FOLDER}}")
+        if self.guide is not None and not self.objective.uses_guide:
+            raise ValueError("guide: the objective does not read it; remove it, or use distill or contrastive with guided: true")
+        return self
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then the schedule down to 0 at the end."""
@@ -131,6 +142,15 @@ class TrainConfig(Section):
                 raise ValueError("generation_adapter.base_bits: both adapters stand on one base; set adapter.base_bits alone")
         return self
 
+    def resolved(self) -> TrainConfig:
+        """A copy in which each guide's `source_digest` names its contents as they are now.
+
+        Raises:
+            ConfigError: a guide is not there, or its contents are others than were pinned.
+        """
+        phases = [p if p.guide is None else p.model_copy(update={"guide": p.guide.resolved()}) for p in self.phases]
+        return self.model_copy(update={"phases": tuple(phases)})
+
 
 def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     """Stage: base model + examples -> a model artifact of the same form, its metrics under logs/.
@@ -139,7 +159,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite. DataError: no examples.
-        ConfigError: an objective needs a reference model that does not exist.
+        ConfigError: an objective needs a reference model that does not exist, or a guide that cannot be used.
     """
     import torch
 
@@ -161,12 +181,14 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     for phase in section.phases:
         require_reference(encoder, phase.objective)
     started = time.monotonic()
+    budget = section.runtime.chunk_tokens
+    guide = guides(section.phases, examples, folder=draft.scratch, dim=encoder.dim, batch_tokens=budget)
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
     before = loop.recalled("before") or loop.remember("before", _scores(encoder, sample, section.runtime))
     samplers: dict[int, Sampler] = {}
     for phase, step in loop.positions():
         if phase not in samplers:
-            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase))}
+            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase, guide=guide.get(phase)))}
         loop.advance(samplers[phase], phase, step)
     encoder.model.eval()
     if section.adapter is not None and section.generation_adapter is None:

@@ -16,6 +16,7 @@ from ullme.errors import ConfigError
 from ullme.gradcache import Representations, StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
+from ullme.objectives.distill import Distill
 from ullme.objectives.grl import Grl
 from ullme.objectives.matryoshka import Matryoshka
 from ullme.objectives.preference import Preference
@@ -46,6 +47,13 @@ OBJECTIVES: dict[str, Objective] = {
     "learned": Contrastive(temperature=0.1, learn_temperature=True),
     "learned, hard and symmetric": Contrastive(temperature=0.1, learn_temperature=True, hardness=5, symmetric=True),
     "matryoshka, learned": Matryoshka(dims=(64, 16), objective=Contrastive(kind="contrastive", learn_temperature=True)),
+    "guided": Contrastive(temperature=0.1, guided=True),
+    "guided, all pairs": Contrastive(temperature=0.1, guided=True, guide_margin=0.1, all_pairs=True),
+    "guided, symmetric": Contrastive(temperature=0.1, guided=True, guide_margin=-0.05, symmetric=True),
+    "guided, own candidates": Contrastive(temperature=0.1, guided=True, in_batch=False),
+    "distill, scores": Distill(temperature=0.1, guide_temperature=0.2),
+    "distill, scores of the batch": Distill(temperature=0.1, in_batch=True),
+    "distill, embeddings": Distill(target="embeddings"),
     "grl": GRL,
     "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
     "grl, kto": GRL.model_copy(update={"preference_loss": "kto", "label_smoothing": 0.0}),
@@ -60,6 +68,7 @@ OBJECTIVES: dict[str, Objective] = {
         parts=(
             Part(objective=Contrastive(kind="contrastive", temperature=0.1, learn_temperature=True)),
             Part(objective=SpreadOut(kind="spread_out"), weight=0.3),
+            Part(objective=Distill(kind="distill"), weight=0.4),
             Part(objective=Sft(kind="sft"), weight=0.2),
             Part(objective=Preference(kind="preference", loss="hinge"), weight=0.1),
         )
@@ -101,7 +110,13 @@ def contrastive_plainly(
     plain = Contrastive() if isinstance(objective, Grl) else objective
     scores = queries @ documents.T
     temperature: Any = 1 / learned["temperature"].exp() if plain.learn_temperature else objective.temperature
+    guide_queries, guide_documents = guide_of(batch)
     terms = []
+
+    def near(q: int, one: Tensor, other: Tensor) -> bool:
+        limit = guide_queries[q] @ guide_documents[int(batch.candidates[q, 0])] - plain.guide_margin
+        return plain.guided and bool(one @ other > limit)
+
     for q in range(len(scores)):
         target = int(batch.candidates[q, 0])
         own = {int(c) for c in batch.candidates[q] if c >= 0}
@@ -109,6 +124,7 @@ def contrastive_plainly(
         kept = [c for c in columns if not batch.known[q, c]]
         if plain.false_negative_margin is not None:
             kept = [c for c in kept if c == target or scores[q, c] <= scores[q, target] + plain.false_negative_margin]
+        kept = [c for c in kept if c == target or not near(q, guide_queries[q], guide_documents[c])]
         hard = {"all_negatives": set(kept), "hard_negatives": own, "in_batch_negatives": set(kept) - own}[plain.hardness_of]
         logits = [
             scores[q, c] / temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
@@ -117,9 +133,12 @@ def contrastive_plainly(
         if plain.all_pairs:
             targets = [int(column) for column in batch.candidates[:, 0]]
             others = [o for o in range(len(scores)) if targets[o] != target]
-            extra = [queries[q] @ queries[o] for o in others]
-            extra += [scores[o, target] for o in range(len(scores)) if o == q or (o in others and not batch.known[o, target])]
-            extra += [documents[target] @ documents[c] for c in range(len(documents)) if c not in own and not batch.known[q, c]]
+            asking = [o for o in others if not batch.known[o, target] and not near(q, guide_documents[target], guide_queries[o])]
+            apart = [c for c in range(len(documents)) if c not in own and not batch.known[q, c]]
+            apart = [c for c in apart if not near(q, guide_documents[target], guide_documents[c])]
+            extra = [queries[q] @ queries[o] for o in others if not near(q, guide_queries[q], guide_queries[o])]
+            extra += [scores[o, target] for o in [q, *asking]]
+            extra += [documents[target] @ documents[c] for c in apart]
             logits += [value / temperature for value in extra]
         terms.append(cross_entropy(logits, kept.index(target)))
     loss = torch.stack(terms).mean()
@@ -128,9 +147,29 @@ def contrastive_plainly(
         for q in range(len(scores)):
             target = int(batch.candidates[q, 0])
             kept = [o for o in range(len(scores)) if o == q or (not batch.known[o, target] and batch.candidates[o, 0] != target)]
+            kept = [o for o in kept if o == q or not near(q, guide_documents[target], guide_queries[o])]
             mirrored.append(cross_entropy([scores[o, target] / temperature for o in kept], kept.index(q)))
         loss = (loss + torch.stack(mirrored).mean()) / 2
     return loss
+
+
+def guide_of(batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    return torch.as_tensor(batch.guide_queries), torch.as_tensor(batch.guide_documents)
+
+
+def distill_plainly(objective: Distill, batch: TrainBatch, queries: Tensor, documents: Tensor) -> Tensor:
+    guide_queries, guide_documents = guide_of(batch)
+    if objective.target == "embeddings":
+        pairs = [*zip(queries, guide_queries, strict=True), *zip(documents, guide_documents, strict=True)]
+        return torch.stack([1 - mine @ theirs for mine, theirs in pairs]).mean()
+    terms = []
+    for q, row in enumerate(batch.candidates):
+        everything = [c for c in range(len(documents)) if not batch.known[q, c]]
+        columns = everything if objective.in_batch else [int(c) for c in row if c >= 0]
+        teacher = torch.softmax(guide_documents[columns] @ guide_queries[q] / objective.guide_temperature, 0)
+        student = torch.softmax(documents[columns] @ queries[q] / objective.temperature, 0)
+        terms.append((teacher * (teacher / student).log()).sum())
+    return torch.stack(terms).mean()
 
 
 def spread_out_plainly(rows: Tensor, names: list[int]) -> Tensor:
@@ -217,6 +256,8 @@ def terms_plainly(
         return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
     if isinstance(objective, Contrastive):
         return {"contrastive": contrastive_plainly(objective, batch, queries, documents, learned)}
+    if isinstance(objective, Distill):
+        return {"distill": distill_plainly(objective, batch, queries, documents)}
     if isinstance(objective, SpreadOut):
         targets = [int(column) for column in batch.candidates[:, 0]]
         apart = spread_out_plainly(queries, list(range(len(queries)))) + spread_out_plainly(documents[targets], targets)

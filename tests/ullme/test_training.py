@@ -279,6 +279,68 @@ def test_full_fine_tuning_with_a_preference_is_refused_before_the_first_step(ref
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+# A guide
+
+
+def guided(folder: Path, *, objective: Any = None, **settings: Any) -> dict[str, Any]:
+    default = {"kind": "contrastive", "guided": True, "guide_margin": 0.02, "learn_temperature": True}
+    return {**PHASE, "objective": objective or default, "guide": {"model": str(folder)}, **settings}
+
+
+def save_guide(folder: Path, seed: int, **settings: Any) -> Path:
+    encoder = tiny_encoder(**settings)
+    torch.manual_seed(seed)
+    for parameter in encoder.model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    encoder.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_guide(tmp_path_factory.mktemp("guide"), 0)
+
+
+def test_another_guide_in_the_same_folder_is_another_key_and_another_model(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store, folder = Store(tmp_path / "store"), tmp_path / "guide"
+    found = []
+    for seed in (0, 1):
+        section = config(guided(save_guide(folder, seed), objective="distill")).resolved()
+        assert section.resolved() == section
+        found.append((store.key(TRAIN, section, refs, seed=1), weights_of(store.produce(TRAIN, section, refs, seed=1))))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_a_guides_embeddings_are_learned(refs: dict[str, ArtifactRef], guide_folder: Path, tmp_path: Path) -> None:
+    objective = {"kind": "sum", "parts": [{"objective": {"kind": "distill", "target": "embeddings"}}, {"objective": "contrastive"}]}
+    phase = guided(guide_folder, objective=objective, steps=15, learning_rate=0.005)
+    rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase, adapter={"rank": 8, "alpha": 16}), refs, seed=1))
+    values = [row["loss/distill"] for row in rows]
+    assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3])
+
+
+def test_an_objective_without_its_guide_and_a_guide_that_nothing_reads_are_refused(guide_folder: Path) -> None:
+    with pytest.raises(ValidationError, match="guide: objective 'distill' compares with one; set guide"):
+        config({**PHASE, "objective": "distill"})
+    inner = {"kind": "matryoshka", "dims": [8], "objective": {"kind": "contrastive", "guided": True}}
+    with pytest.raises(ValidationError, match="guide: objective 'matryoshka' compares with one"):
+        config({**PHASE, "objective": inner})
+    with pytest.raises(ValidationError, match="guide: the objective does not read it"):
+        config(guided(guide_folder, objective="contrastive"))
+
+
+def test_a_guide_of_another_length_is_refused_before_the_first_step_where_embeddings_are_learned(
+    refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    folder = save_guide(tmp_path / "guide", 0, dim=24)
+    phase = guided(folder, objective={"kind": "distill", "target": "embeddings"})
+    with pytest.raises(ConfigError, match=r"the trained model's length 64, got 24; use target: scores"):
+        Store(tmp_path / "store").produce(TRAIN, config(PHASE, phase), refs, seed=1)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    Store(tmp_path / "store").produce(TRAIN, config(guided(folder, objective="distill", steps=1)), refs, seed=1)
+
+
 # Crash and resume
 
 
@@ -368,6 +430,25 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
     monkeypatch.setattr(Loop, "advance", lambda self, s, phase, step: (steps.append((phase, step)), plain(self, s, phase, step))[1])
     store.produce(TRAIN, TWO_PHASES, refs, seed=1)
     assert steps == [(1, 1), (1, 2)]  # the checkpoint holds four
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_with_a_guide_goes_on_to_the_bit_equal_result_and_encodes_nothing_again(
+    step: int, refs: dict[str, ArtifactRef], guide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config(guided(guide_folder), runtime={"checkpoint_every": 1})
+    expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    left = [file.suffix for file in (tmp_path / "two/work").rglob("*") if file.is_file()]
+    assert set(left) <= {".json", ".jsonl", ".safetensors"}
+    monkeypatch.setattr("ullme.guide._encoded", lambda *_, **__: pytest.fail("the guide encoded again"))
+    ref = store.produce(TRAIN, section, refs, seed=1)
+    assert ref.digest == expected.digest
+    assert rows_of(ref) == rows_of(expected)
 
 
 def test_two_crashes_in_a_row_do_no_harm(refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path) -> None:
@@ -476,7 +557,7 @@ def test_every_field_is_among_those_tried() -> None:
     tried = {(place, field) for place, field, _ in CHANGES}
     sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
-    assert known - tried == {("phase", "generation"), ("adapter", "base_bits")}
+    assert known - tried == {("phase", "generation"), ("phase", "guide"), ("adapter", "base_bits")}
     assert set(TrainConfig.model_fields) == {"phases", "adapter", "generation_adapter", "start_from", "runtime"}
 
 

@@ -77,6 +77,16 @@ class Objective(Component):
         return any(objective.uses_teacher for objective in self.inner)
 
     @property
+    def uses_guide(self) -> bool:
+        """True when `batch_loss` reads the embeddings of the phase's guide, `Representations.guide`."""
+        return any(objective.uses_guide for objective in self.inner)
+
+    @property
+    def copies_guide(self) -> bool:
+        """True when it compares embeddings with the guide's number by number, so that both must be of one length."""
+        return any(objective.copies_guide for objective in self.inner)
+
+    @property
     def teacher_temperature(self) -> float:
         """What the generation score is divided by before its softmax."""
         return next((objective.teacher_temperature for objective in self.inner if objective.uses_teacher), 1.0)
