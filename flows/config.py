@@ -90,12 +90,13 @@ class RunConfig(Section):
         """A copy with everything decided that depends on this machine or on the data: what the artifact keys follow from.
 
         Raises:
-            DataError: the source of the data is not there. ConfigError: the backbone is not there.
+            DataError: the source of the data is not there. ConfigError: the backbone or a guide is not there.
         """
         return self.model_copy(
             update={
                 "data": self.data.resolved(),
                 "backbone": self.backbone.resolved(),
+                "training": self.training.resolved(),
                 "evaluation": self.evaluation.resolved(),
                 "store": self.store.expanduser().resolve(),
             }

@@ -96,8 +96,13 @@ class Checkpoints:
         return None
 
 
-def training_space(section: TrainConfig, inputs: Inputs) -> int:
-    """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model."""
+def training_space(section: TrainConfig, inputs: Inputs) -> int | None:
+    """Bytes that a training writes at most: two checkpoints (one where it ends before a second), or the last beside the model.
+
+    None with a guide, whose vectors are kept as well: their length is not known before it is loaded.
+    """
+    if any(phase.guide is not None for phase in section.phases):
+        return None
     copies = ADAM_COPIES + bool(section.average_last or section.development)
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
@@ -109,7 +114,7 @@ def training_space(section: TrainConfig, inputs: Inputs) -> int:
         adapted = [tensor for tensor in tensors if is_adapted(tensor, section.adapter)]
         adapter, trained = 4 * sum(_added(tensor, section.adapter) for tensor in adapted), 2 * len(adapted)
         checkpoint = copies * adapter
-    headers = HEADER_BYTES * trained
+    headers = HEADER_BYTES * (trained + sum(len(phase.objective.learned) for phase in section.phases))
     rest = sum(sizes.values()) - weights + SETTINGS_BYTES
     steps = sum(phase.steps for phase in section.phases)
     metrics = METRICS_ROW_BYTES * steps + len(section.phases[1:]) * adapter  # what a phase began with

@@ -14,9 +14,9 @@ of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.distributed import current
 from ullme.encoder import Encoder
-from ullme.errors import ConfigError
-from ullme.generation import Logprobs, passage_rows, teacher_scores
+from ullme.errors import ConfigError, ContractError
+from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
 from ullme.sampling import GenerationScore
@@ -44,7 +44,8 @@ class TrainBatch:
     scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
     them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
     alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
-    Float[G K], the score as it was stored, or None.
+    Float[G K], the score as it was stored, or None. guide_queries: Float[Q G] and guide_documents: Float[C G], the unit-norm
+    embeddings of the phase's guide, or None.
     """
 
     query_ids: Sequence[str]
@@ -59,16 +60,35 @@ class TrainBatch:
     alone: Sequence[Sequence[TokenRow | None]] = ()
     questions: Sequence[Sequence[TokenRow | None]] = ()
     teacher: np.ndarray | None = None
+    guide_queries: np.ndarray | None = None
+    guide_documents: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Representations:
-    """Unit-norm embeddings of a batch and who belongs to whom."""
+    """Unit-norm embeddings of a batch and who belongs to whom.
+
+    learned: log(1 / temperature) of each temperature that is trained, by name (see `Objective.learned`).
+    """
 
     queries: Float[Tensor, "Q D"]
     documents: Float[Tensor, "C D"]
     candidates: Int[Tensor, "Q K"]
     known: Bool[Tensor, "Q C"]
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    guide_queries: Float[Tensor, "Q G"] | None = None
+    guide_documents: Float[Tensor, "C G"] | None = None
+
+    @property
+    def guide(self) -> tuple[Float[Tensor, "Q G"], Float[Tensor, "C G"]]:
+        """The guide's embeddings of the queries and of the passages.
+
+        Raises:
+            ContractError: the batch brought none.
+        """
+        if self.guide_queries is None or self.guide_documents is None:
+            raise ContractError("this objective reads the embeddings of a guide, and the batch has none; set the phase's guide")
+        return self.guide_queries, self.guide_documents
 
     @property
     def target(self) -> Int[Tensor, " Q"]:
@@ -89,7 +109,7 @@ class CandidateLogprobs:
 
     rows: Int[G] positions of these queries; total: Float[G K] summed over the passage's tokens; tokens: Int[G K] their
     number; reference: the same sums under the reference model, or None; present: Bool[G K]; teacher: Float[G K], a generation
-    score other than the mean, or None.
+    score other than the mean, or None. baseline: z of KTO, one number for the whole batch, without gradient, or None.
     """
 
     rows: Int[Tensor, " G"]
@@ -98,6 +118,7 @@ class CandidateLogprobs:
     present: Bool[Tensor, "G K"]
     reference: Float[Tensor, "G K"] | None = None
     teacher: Float[Tensor, "G K"] | None = None
+    baseline: Float[Tensor, ""] | None = None
 
     @property
     def mean(self) -> Float[Tensor, "G K"]:
@@ -124,10 +145,20 @@ class StepReport:
         return sum(self.terms.values())
 
 
-def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tokens: int) -> StepReport:
-    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters, which have none before.
+def step(
+    encoder: Encoder,
+    objective: Objective,
+    batch: TrainBatch,
+    *,
+    chunk_tokens: int,
+    learned: Mapping[str, Tensor] | None = None,
+) -> StepReport:
+    """Add the gradient of the objective over the whole batch to the encoder's trainable parameters, and to those `learned`.
 
-    chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result.
+    None of them has a gradient before, where several processes train.
+
+    chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result. learned: log(1 /
+    temperature) of each temperature that `objective.learned` names.
     """
     device, together = encoder.device, current()
     rows = [*batch.queries, *batch.documents]
@@ -160,6 +191,8 @@ def step(encoder: Encoder, objective: Objective, batch: TrainBatch, *, chunk_tok
         cached[len(batch.queries) :],
         torch.as_tensor(batch.candidates, device=device),
         torch.as_tensor(batch.known, device=device),
+        learned or {},
+        *(None if of is None else torch.as_tensor(of, device=device) for of in (batch.guide_queries, batch.guide_documents)),
     )
     losses = objective.batch_loss(representations, generation)
     if losses:
@@ -227,6 +260,7 @@ def _passages(
 ) -> tuple[CandidateLogprobs, int]:
     """log pi(p | q) of every candidate, with the backward of the terms that train on it."""
     width, together = batch.candidates.shape[1], current()
+    baseline, cost = _baseline(encoder, batch, chunk_tokens=chunk_tokens) if objective.uses_mismatched else (None, 0)
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
     found = _nothing(encoder, batch, grouped)
     parts: list[tuple[list[int], CandidateLogprobs]] = []
@@ -247,6 +281,7 @@ def _passages(
             _spread(lengths, where, (len(chunk), width)),
             found.present[chunk],
             reference,
+            baseline=baseline,
         )
         losses = objective.generation_loss(scores)
         if losses:
@@ -265,8 +300,25 @@ def _passages(
     together.add(total, lengths, *sums.values(), *([] if reference is None else [reference]))
     terms.update({name: float(value) for name, value in sums.items()})
     passes = 2 if objective.uses_reference else 1
-    cost = passes * sum(len(row) for group in grouped for row in group if row is not None)
+    cost += passes * sum(len(row) for group in grouped for row in group if row is not None)
     return CandidateLogprobs(found.rows, total, lengths, found.present, reference), cost
+
+
+@torch.no_grad()
+def _baseline(encoder: Encoder, batch: TrainBatch, *, chunk_tokens: int) -> tuple[Float[Tensor, ""], int]:
+    """z of KTO (arXiv 2402.01306, section 4.1), and the tokens that went through the model for it.
+
+    The mean over the scored queries of log pi(p' | q) - log pi_ref(p' | q), at least 0, where p' is the target of the next scored
+    query; 0 for a single query, which has no other one's passage. With dropout, z is that of one draw, like every other score.
+    """
+    if len(batch.scored) < 2:
+        return torch.zeros((), device=encoder.device), 0
+    others = [batch.passages[(place + 1) % len(batch.passages)][:1] for place in range(len(batch.passages))]
+    rows = passage_rows(batch.prompts, others)
+    policy = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+    with encoder.reference():
+        reference = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+    return (policy.total - reference.total).mean().clamp_min(0), policy.cost + reference.cost
 
 
 def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:

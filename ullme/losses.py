@@ -17,17 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.pooling import at_least_float32
 
-__all__ = ["entropy", "info_nce", "kl_alignment", "preference", "token_logprobs"]
+__all__ = ["entropy", "info_nce", "kl_alignment", "kto", "preference", "token_logprobs"]
 
 LOGIT_BYTES = 64 * 2**20
 
 
 def info_nce(
-    similarity: Float[Tensor, "Q C"], target: Int[Tensor, " Q"], ignored: Bool[Tensor, "Q C"], *, temperature: float
+    similarity: Float[Tensor, "Q C"],
+    target: Int[Tensor, " Q"],
+    ignored: Bool[Tensor, "Q C"],
+    *,
+    temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, " Q"]:
     """-log softmax(s / tau)[target] per query; `ignored` candidates (known positives, false negatives) leave the sum.
 
-    InfoNCE (arXiv 1807.03748, eq. 4) with in-batch and hard negatives as columns.
+    InfoNCE (arXiv 1807.03748, eq. 4) with in-batch and hard negatives as columns. A temperature that is learned has a gradient.
     """
     logits = (similarity / temperature).masked_fill(ignored, float("-inf"))
     return functional.cross_entropy(logits, target, reduction="none")
@@ -46,6 +50,21 @@ def preference(difference: Float[Tensor, "Q N"], loss: str, *, beta: float, labe
     if loss == "hinge":
         return (1 - margin).clamp_min(0)
     return -(1 - label_smoothing) * functional.logsigmoid(margin) - label_smoothing * functional.logsigmoid(-margin)
+
+
+def kto(
+    gain: Float[Tensor, "Q K"], present: Bool[Tensor, "Q K"], baseline: Float[Tensor, ""], *, beta: float
+) -> Float[Tensor, " Q"]:
+    """KTO (arXiv 2402.01306, section 4.1) per query, its positive (column 0) desirable and its negatives undesirable.
+
+    gain: r = log pi(p) - log pi_ref(p), summed over tokens; baseline: z, what r is on average without any preference (see
+    `CandidateLogprobs.baseline`). A positive loses 1 - sigma(beta (r - z)), a negative 1 - sigma(beta (z - r)). Half the positive's
+    plus half the mean over the present negatives, so that both sides weigh the same however many negatives a query has.
+    """
+    away = beta * (gain - baseline)
+    desirable, undesirable = torch.sigmoid(-away[:, 0]), torch.sigmoid(away[:, 1:])
+    there = present[:, 1:]
+    return (desirable + undesirable.where(there, 0.0).sum(1) / there.sum(1).clamp_min(1)) / 2
 
 
 def kl_alignment(

@@ -18,6 +18,7 @@ from ullme.errors import DataError
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
     from ullme.gradcache import TrainBatch
+    from ullme.guide import Guide
     from ullme.training import PhaseConfig
 
 __all__ = ["Asked", "GenerationScore", "Sampler"]
@@ -49,6 +50,8 @@ class Sampler:
     phase_index: int = 0
     teacher: Mapping[str, float] | None = None
     """The stored generation score by `Asked.pair`, where the teacher is frozen."""
+    guide: Guide | None = None
+    """What the phase's guide makes of the training texts."""
 
     def __post_init__(self) -> None:
         if len(self.examples) < 2:
@@ -119,6 +122,10 @@ class Sampler:
         generation: dict[str, Any] = {}
         if self.phase.objective.uses_generation:
             generation = self.scoring(self.asked(step), self.scored(step), encoder)
+        guided: dict[str, Any] = {}
+        if self.guide is not None:
+            guided["guide_queries"] = self.guide.queries([example for example, _, _ in drawn])
+            guided["guide_documents"] = self.guide.documents(texts)
         dataset = self.examples[0].dataset
         return TrainBatch(
             query_ids=[example.query_id for example, _, _ in drawn],
@@ -132,6 +139,7 @@ class Sampler:
             candidates=candidates,
             known=known,
             **generation,
+            **guided,
         )
 
     def scoring(self, asked: Sequence[Asked], rows: Sequence[int], encoder: Encoder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,8 @@ from ullme.components import Section, component
 from ullme.data import Example, read_examples
 from ullme.development import DevelopmentConfig, reciprocal_rank, set_aside
 from ullme.errors import LimitExceeded, NotFinite
-from ullme.objectives import Objective
+from ullme.guide import GuideConfig, guides
+from ullme.objectives import LEARNED_RANGE, Objective
 from ullme.progress import Progress
 from ullme.sampling import GenerationScore, Sampler
 
@@ -97,6 +98,16 @@ class PhaseConfig(Section):
     """With what adapter the phase begins, after another: the same; a new one, the former folded into the weights (as LLM2Vec does,
     arXiv 2404.05961, section 2); or a new one, the former dropped."""
     generation: GenerationConfig = GenerationConfig()
+    guide: GuideConfig | None = None
+    """An embedding model that is not trained: what `contrastive.guided` and `distill` compare with."""
+
+    @model_validator(mode="after")
+    def _a_guide_where_it_is_read(self) -> PhaseConfig:
+        if self.objective.uses_guide and self.guide is None:
+            raise ValueError(f"guide: objective '{self.objective.kind}' compares with one; set guide: {{model: FOLDER}}")
+        if self.guide is not None and not self.objective.uses_guide:
+            raise ValueError("guide: the objective does not read it; remove it, or use distill or contrastive with guided: true")
+        return self
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up, then the schedule down to 0 at the end."""
@@ -164,6 +175,15 @@ class TrainConfig(Section):
                 raise ValueError("generation_adapter.base_bits: both adapters stand on one base; set adapter.base_bits alone")
         return self
 
+    def resolved(self) -> TrainConfig:
+        """A copy in which each guide's `source_digest` names its contents as they are now.
+
+        Raises:
+            ConfigError: a guide is not there, or its contents are others than were pinned.
+        """
+        phases = [p if p.guide is None else p.model_copy(update={"guide": p.guide.resolved()}) for p in self.phases]
+        return self.model_copy(update={"phases": tuple(phases)})
+
 
 def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
     """Stage: base model + examples -> a model artifact of the same form, its metrics under logs/.
@@ -173,7 +193,7 @@ def train(section: TrainConfig, inputs: Inputs, draft: Draft) -> None:
 
     Raises:
         NotFinite: a loss or gradient is NaN or infinite. DataError: no examples.
-        ConfigError: an objective needs a reference model that does not exist.
+        ConfigError: an objective needs a reference model that does not exist, or a guide that cannot be used.
     """
     from ullme import distributed
 
@@ -203,6 +223,10 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     for phase in section.phases:
         require_reference(encoder, phase.objective)
     started = time.monotonic()
+    budget = section.runtime.chunk_tokens
+    made = [guides(section.phases, examples, folder=draft.scratch, dim=encoder.dim, batch_tokens=budget)] if together.leads else []
+    together.agreed(lambda: None)  # the others read what this one has made
+    guide = made[0] if made else guides(section.phases, examples, folder=draft.scratch, dim=encoder.dim, batch_tokens=budget)
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
     memory = Memory(draft.scratch)
     before = memory.recalled("before") or memory.remember("before", _scores(encoder, sample, section.runtime))
@@ -213,7 +237,7 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     for phase, step in loop.positions():
         if phase not in samplers:
             loop.begin(phase)
-            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase))}
+            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase, guide=guide.get(phase)))}
         loop.advance(samplers[phase], phase, step)
     loop.finish()
     encoder.model.eval()
@@ -289,11 +313,20 @@ class Loop:
     """The state of a training run: optimizer, position, metrics, checkpoints."""
 
     def __init__(self, encoder: Encoder, section: TrainConfig, draft: Draft, memory: Memory, aside: Sequence[Example] = ()) -> None:
+        import torch
+
         from ullme.distributed import current
 
         self._encoder, self._section, self._draft, self._memory = encoder, section, draft, memory
         self._together = current()
         self._chunk_tokens = section.runtime.chunk_tokens
+        self._learned = [  # per phase: log(1 / temperature) of those that are trained, from the phase's own start
+            {
+                name: torch.nn.Parameter(torch.tensor(-math.log(start), device=encoder.device))
+                for name, start in phase.objective.learned.items()
+            }
+            for phase in section.phases
+        ]
         self._steps = [(p, s) for p, phase in enumerate(section.phases) for s in range(phase.steps)]
         self._checkpoints = Checkpoints(draft.scratch, digest_of([section.identity(), draft.seed]))
         self.metrics_file = draft.scratch / "metrics.jsonl"
@@ -303,6 +336,7 @@ class Loop:
         self._measured: list[tuple[int, float]] = []
         self._phase = 0
         self._trainable: dict[str, torch.nn.Parameter] = {}
+        self._state: dict[str, torch.nn.Parameter] = {}
         self._optimizer: torch.optim.AdamW
         self._take_what_learns()
         self._done = self._resume()
@@ -313,7 +347,11 @@ class Loop:
         self._trainable = self._encoder.trainable()
         for parameter in self._trainable.values():
             parameter.data = parameter.data.float() if self._section.adapter is not None else parameter.data
-        self._optimizer = torch.optim.AdamW(list(self._trainable.values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+        scalars = {f"learned.{number}.{name}": value for number, of in enumerate(self._learned) for name, value in of.items()}
+        self._state = self._trainable | scalars
+        groups = [{"params": list(self._trainable.values()), "decays": True}]
+        groups += [{"params": list(scalars.values()), "decays": False}] if scalars else []
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
 
     def begin(self, phase: int) -> None:
         """Enter a phase, if this is not where the run is already: its adapter, and what its preference terms compare with."""
@@ -379,7 +417,7 @@ class Loop:
 
         from ullme.distributed import clip
 
-        settings = self._section.phases[phase]
+        settings, learned = self._section.phases[phase], self._learned[phase]
         model = self._encoder.model
         started = time.monotonic()
         # The generator restarts at every step, so resuming needs no random state of its own.
@@ -389,19 +427,22 @@ class Loop:
         report = None
         while report is None:
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            report = self._step(settings.objective, batch)
+            report = self._step(settings.objective, batch, learned)
         number = sum(p.steps for p in self._section.phases[:phase]) + step + 1
         for name, value in report.terms.items():
             if not math.isfinite(value):
                 raise NotFinite(number, name, batch.query_ids)
-        norm = clip(list(self._trainable.values()), settings.max_grad_norm)
+        norm = clip([*self._trainable.values(), *learned.values()], settings.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFinite(number, "the gradient", batch.query_ids)
         rate = settings.learning_rate_at(step)
         for group in self._optimizer.param_groups:
-            group["lr"], group["weight_decay"] = rate, settings.weight_decay
+            group["lr"], group["weight_decay"] = rate, settings.weight_decay if group["decays"] else 0.0
+        temperatures = {name: math.exp(-float(value.detach())) for name, value in learned.items()}
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        for value in learned.values():
+            value.data.clamp_(-math.log(LEARNED_RANGE[1]), -math.log(LEARNED_RANGE[0]))
         self._average(number)
         seconds = time.monotonic() - started
         measured = self._measure(number)
@@ -412,6 +453,7 @@ class Loop:
             "loss": report.loss,
             **{f"loss/{name}": value for name, value in report.terms.items()},
             **report.health,
+            **temperatures,
             "gradient_norm": norm,
             "learning_rate": rate,
             **measured,
@@ -426,7 +468,7 @@ class Loop:
             "step %d/%d loss %.4f (%s) %.0f tokens/s", number, len(self._steps), report.loss, terms, row["tokens_per_second"]
         )
 
-    def _step(self, objective: Objective, batch: TrainBatch) -> StepReport | None:
+    def _step(self, objective: Objective, batch: TrainBatch, learned: Mapping[str, torch.nn.Parameter]) -> StepReport | None:
         """Gradients of a batch, or None where memory did not suffice: then the budget is half of what it was."""
         import torch
 
@@ -434,7 +476,7 @@ class Loop:
         from ullme.engine import out_of_memory
 
         try:
-            return gradcache.step(self._encoder, objective, batch, chunk_tokens=self._chunk_tokens)
+            return gradcache.step(self._encoder, objective, batch, chunk_tokens=self._chunk_tokens, learned=learned)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -529,7 +571,7 @@ class Loop:
         from ullme.distributed import whole
 
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self._trainable.items():
+        for name, parameter in self._state.items():
             tensors[f"weight/{name}"] = whole(parameter).clone()
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = whole(value).clone()
@@ -554,7 +596,7 @@ class Loop:
             file = self._draft.scratch / f"before-{phase}.safetensors"
             self._enter(phase, load_file(file) if file.is_file() else {})
         tensors = found.tensors
-        for name, parameter in self._trainable.items():
+        for name, parameter in self._state.items():
             if f"kept/{name}" in tensors:
                 self._kept[name] = put(parameter, tensors[f"kept/{name}"].clone())
             parameter.data.copy_(put(parameter, tensors[f"weight/{name}"]))

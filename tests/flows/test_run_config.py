@@ -151,6 +151,23 @@ def test_resolved_twice_is_resolved(plain_config: dict[str, Any]) -> None:
     assert validate(once.as_json()).resolved() == once
 
 
+def test_a_guide_is_named_by_its_contents_and_one_that_is_missing_is_one_line(file: Path) -> None:
+    (found,) = problems(file, "training.phases.0.objective={kind: distill}")
+    assert found == "F: training.phases.0: guide: objective 'distill' compares with one; set guide: {model: FOLDER}"
+    folder = file.parent / "guide"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = load(file, ["training.phases.0.objective={kind: distill}", f"training.phases.0.guide={{model: {folder}}}"])
+    once = config.resolved()
+    guide = once.training.phases[0].guide
+    assert guide is not None
+    assert guide.source_digest
+    assert once.resolved() == once
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="expected a folder of an embedding model"):
+        config.resolved()
+
+
 # The files that are shipped
 
 

@@ -16,7 +16,9 @@ from ullme.errors import ConfigError
 from ullme.gradcache import Representations, StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
+from ullme.objectives.distill import Distill
 from ullme.objectives.grl import Grl
+from ullme.objectives.matryoshka import Matryoshka
 from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
 from ullme.objectives.spread_out import SpreadOut
@@ -42,23 +44,37 @@ OBJECTIVES: dict[str, Objective] = {
     "hard in batch": Contrastive(temperature=0.1, hardness=5, hardness_of="in_batch_negatives"),
     "hard mined": Contrastive(temperature=0.1, hardness=5, hardness_of="hard_negatives", all_pairs=True),
     "false negatives": Contrastive(temperature=0.1, false_negative_margin=0.01),
+    "learned": Contrastive(temperature=0.1, learn_temperature=True),
+    "learned, hard and symmetric": Contrastive(temperature=0.1, learn_temperature=True, hardness=5, symmetric=True),
+    "matryoshka, learned": Matryoshka(dims=(64, 16), objective=Contrastive(kind="contrastive", learn_temperature=True)),
+    "guided": Contrastive(temperature=0.1, guided=True),
+    "guided, all pairs": Contrastive(temperature=0.1, guided=True, guide_margin=0.1, all_pairs=True),
+    "guided, symmetric": Contrastive(temperature=0.1, guided=True, guide_margin=-0.05, symmetric=True),
+    "guided, own candidates": Contrastive(temperature=0.1, guided=True, in_batch=False),
+    "distill, scores": Distill(temperature=0.1, guide_temperature=0.2),
+    "distill, scores of the batch": Distill(temperature=0.1, in_batch=True),
+    "distill, embeddings": Distill(target="embeddings"),
     "grl": GRL,
     "grl, ipo": GRL.model_copy(update={"preference_loss": "ipo", "label_smoothing": 0.0}),
+    "grl, kto": GRL.model_copy(update={"preference_loss": "kto", "label_smoothing": 0.0}),
     "sft": Sft(kind="sft"),
     "sft, summed": Sft(kind="sft", per_token=False),
     "preference": Preference(label_smoothing=0.1, beta=0.2),
     "preference, ipo": Preference(loss="ipo", beta=0.2),
     "preference, hinge": Preference(loss="hinge", beta=0.2),
+    "preference, kto": Preference(loss="kto", beta=0.2),
     "spread_out": SpreadOut(),
     "sum": Sum(
         parts=(
-            Part(objective=Contrastive(kind="contrastive", temperature=0.1)),
+            Part(objective=Contrastive(kind="contrastive", temperature=0.1, learn_temperature=True)),
             Part(objective=SpreadOut(kind="spread_out"), weight=0.3),
+            Part(objective=Distill(kind="distill"), weight=0.4),
             Part(objective=Sft(kind="sft"), weight=0.2),
             Part(objective=Preference(kind="preference", loss="hinge"), weight=0.1),
         )
     ),
 }
+SEEDS = {"preference, kto": 7}  # a batch whose baseline is above zero; of the others it is cut off there
 BUDGETS = [1, 60, 150, 100_000]  # one row per chunk, several, all at once
 
 
@@ -80,11 +96,27 @@ def cross_entropy(logits: list[Tensor], target: int) -> Tensor:
     return torch.logsumexp(torch.stack(logits), 0) - logits[target]
 
 
+def learned_of(objective: Objective) -> dict[str, Tensor]:
+    """log(1 / temperature) of what is learned, away from where it starts."""
+    return {
+        name: torch.tensor(0.2 - math.log(start), dtype=torch.float64, requires_grad=True)
+        for name, start in objective.learned.items()
+    }
+
+
 def contrastive_plainly(
-    objective: Contrastive | Grl, scores: Tensor, batch: TrainBatch, queries: Tensor, documents: Tensor
+    objective: Contrastive | Grl, batch: TrainBatch, queries: Tensor, documents: Tensor, learned: dict[str, Tensor]
 ) -> Tensor:
     plain = Contrastive() if isinstance(objective, Grl) else objective
+    scores = queries @ documents.T
+    temperature: Any = 1 / learned["temperature"].exp() if plain.learn_temperature else objective.temperature
+    guide_queries, guide_documents = guide_of(batch)
     terms = []
+
+    def near(q: int, one: Tensor, other: Tensor) -> bool:
+        limit = guide_queries[q] @ guide_documents[int(batch.candidates[q, 0])] - plain.guide_margin
+        return plain.guided and bool(one @ other > limit)
+
     for q in range(len(scores)):
         target = int(batch.candidates[q, 0])
         own = {int(c) for c in batch.candidates[q] if c >= 0}
@@ -92,18 +124,22 @@ def contrastive_plainly(
         kept = [c for c in columns if not batch.known[q, c]]
         if plain.false_negative_margin is not None:
             kept = [c for c in kept if c == target or scores[q, c] <= scores[q, target] + plain.false_negative_margin]
+        kept = [c for c in kept if c == target or not near(q, guide_queries[q], guide_documents[c])]
         hard = {"all_negatives": set(kept), "hard_negatives": own, "in_batch_negatives": set(kept) - own}[plain.hardness_of]
         logits = [
-            scores[q, c] / objective.temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
+            scores[q, c] / temperature + (plain.hardness * scores[q, c].detach() if c in hard and c != target else 0.0)
             for c in kept
         ]
         if plain.all_pairs:
             targets = [int(column) for column in batch.candidates[:, 0]]
             others = [o for o in range(len(scores)) if targets[o] != target]
-            extra = [queries[q] @ queries[o] for o in others]
-            extra += [scores[o, target] for o in range(len(scores)) if o == q or (o in others and not batch.known[o, target])]
-            extra += [documents[target] @ documents[c] for c in range(len(documents)) if c not in own and not batch.known[q, c]]
-            logits += [value / objective.temperature for value in extra]
+            asking = [o for o in others if not batch.known[o, target] and not near(q, guide_documents[target], guide_queries[o])]
+            apart = [c for c in range(len(documents)) if c not in own and not batch.known[q, c]]
+            apart = [c for c in apart if not near(q, guide_documents[target], guide_documents[c])]
+            extra = [queries[q] @ queries[o] for o in others if not near(q, guide_queries[q], guide_queries[o])]
+            extra += [scores[o, target] for o in [q, *asking]]
+            extra += [documents[target] @ documents[c] for c in apart]
+            logits += [value / temperature for value in extra]
         terms.append(cross_entropy(logits, kept.index(target)))
     loss = torch.stack(terms).mean()
     if isinstance(objective, Contrastive) and objective.symmetric:
@@ -111,9 +147,29 @@ def contrastive_plainly(
         for q in range(len(scores)):
             target = int(batch.candidates[q, 0])
             kept = [o for o in range(len(scores)) if o == q or (not batch.known[o, target] and batch.candidates[o, 0] != target)]
-            mirrored.append(cross_entropy([scores[o, target] / objective.temperature for o in kept], kept.index(q)))
+            kept = [o for o in kept if o == q or not near(q, guide_documents[target], guide_queries[o])]
+            mirrored.append(cross_entropy([scores[o, target] / temperature for o in kept], kept.index(q)))
         loss = (loss + torch.stack(mirrored).mean()) / 2
     return loss
+
+
+def guide_of(batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    return torch.as_tensor(batch.guide_queries), torch.as_tensor(batch.guide_documents)
+
+
+def distill_plainly(objective: Distill, batch: TrainBatch, queries: Tensor, documents: Tensor) -> Tensor:
+    guide_queries, guide_documents = guide_of(batch)
+    if objective.target == "embeddings":
+        pairs = [*zip(queries, guide_queries, strict=True), *zip(documents, guide_documents, strict=True)]
+        return torch.stack([1 - mine @ theirs for mine, theirs in pairs]).mean()
+    terms = []
+    for q, row in enumerate(batch.candidates):
+        everything = [c for c in range(len(documents)) if not batch.known[q, c]]
+        columns = everything if objective.in_batch else [int(c) for c in row if c >= 0]
+        teacher = torch.softmax(guide_documents[columns] @ guide_queries[q] / objective.guide_temperature, 0)
+        student = torch.softmax(documents[columns] @ queries[q] / objective.temperature, 0)
+        terms.append((teacher * (teacher / student).log()).sum())
+    return torch.stack(terms).mean()
 
 
 def spread_out_plainly(rows: Tensor, names: list[int]) -> Tensor:
@@ -137,13 +193,28 @@ def preference_plainly(objective: Any, loss: str, policy: list[Tensor], referenc
     return torch.stack(values).mean() if values else torch.zeros((), dtype=torch.float64)
 
 
+def kto_plainly(beta: float, generation: list[Scored]) -> Tensor:
+    baseline = torch.stack([of.mismatched for of in generation]).mean().clamp(min=0)
+    values = []
+    for of in generation:
+        gains = [policy - reference for policy, reference in zip(of.policy, of.reference, strict=True)]
+        values.append((1 - torch.sigmoid(beta * (gains[0] - baseline))) / 2)
+        if gains[1:]:
+            values[-1] = values[-1] + torch.stack([1 - torch.sigmoid(beta * (baseline - gain)) for gain in gains[1:]]).mean() / 2
+    return torch.stack(values).mean()
+
+
 class Scored(NamedTuple):
-    """Of one query's candidates: which they are, their log-probabilities, those of the reference, and their lengths."""
+    """Of one query's candidates: which they are, their log-probabilities, those of the reference, and their lengths.
+
+    mismatched: log pi - log pi_ref of the next scored query's target.
+    """
 
     query: int
     policy: list[Tensor]
     reference: list[Tensor]
     lengths: list[int]
+    mismatched: Tensor
 
 
 def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
@@ -153,27 +224,40 @@ def scored_plainly(encoder: Encoder, batch: TrainBatch) -> list[Scored]:
         policy = [logprob_by_hand(encoder, row) for row in rows]
         with torch.no_grad(), encoder.model.disable_adapter():
             reference = [logprob_by_hand(encoder, row) for row in rows]
-        found.append(Scored(q, policy, reference, [len(row) - row.prompt for row in rows]))
+        other = batch.passages[(place + 1) % len(batch.scored)][0]
+        with torch.no_grad():
+            stranger = TokenRow([*batch.prompts[place], *other], len(batch.prompts[place]))
+            mismatched = logprob_by_hand(encoder, stranger)
+            with encoder.model.disable_adapter():
+                mismatched = mismatched - logprob_by_hand(encoder, stranger)
+        found.append(Scored(q, policy, reference, [len(row) - row.prompt for row in rows], mismatched))
     return found
 
 
-def plainly(encoder: Encoder, objective: Any, batch: TrainBatch) -> dict[str, Tensor]:
+def plainly(encoder: Encoder, objective: Any, batch: TrainBatch, learned: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each row goes through the model once, whatever terms use it: the norms round to float32, so two passes do not add up."""
     queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
     documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
-    generation = [] if isinstance(objective, Contrastive | SpreadOut) else scored_plainly(encoder, batch)
-    return terms_plainly(objective, batch, queries, documents, generation)
+    generation = scored_plainly(encoder, batch) if objective.uses_generation else []
+    return terms_plainly(objective, batch, (queries, documents), generation, learned)
 
 
 def terms_plainly(
-    objective: Any, batch: TrainBatch, queries: Tensor, documents: Tensor, generation: list[Scored]
+    objective: Any, batch: TrainBatch, embedded: tuple[Tensor, Tensor], generation: list[Scored], learned: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    queries, documents = embedded
     scores = queries @ documents.T
     if isinstance(objective, Sum):
-        parts = [(part.weight, terms_plainly(part.objective, batch, queries, documents, generation)) for part in objective.parts]
+        parts = [(part.weight, terms_plainly(part.objective, batch, embedded, generation, learned)) for part in objective.parts]
         return {name: weight * value for weight, terms in parts for name, value in terms.items()}
+    if isinstance(objective, Matryoshka):
+        short = [tuple(rows[:, :dim] / rows[:, :dim].norm(dim=1, keepdim=True) for rows in embedded) for dim in objective.dims]
+        found = [terms_plainly(objective.objective, batch, cut, generation, learned) for cut in short]  # type: ignore[arg-type]
+        return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
     if isinstance(objective, Contrastive):
-        return {"contrastive": contrastive_plainly(objective, scores, batch, queries, documents)}
+        return {"contrastive": contrastive_plainly(objective, batch, queries, documents, learned)}
+    if isinstance(objective, Distill):
+        return {"distill": distill_plainly(objective, batch, queries, documents)}
     if isinstance(objective, SpreadOut):
         targets = [int(column) for column in batch.candidates[:, 0]]
         apart = spread_out_plainly(queries, list(range(len(queries)))) + spread_out_plainly(documents[targets], targets)
@@ -182,7 +266,11 @@ def terms_plainly(
         values = [-of.policy[0] / (of.lengths[0] if objective.per_token else 1) for of in generation]
         return {"sft": torch.stack(values).mean()}
     loss = objective.loss if isinstance(objective, Preference) else objective.preference_loss
-    preference = torch.stack([preference_plainly(objective, loss, of.policy, of.reference, of.lengths) for of in generation]).mean()
+    if loss == "kto":
+        preference = kto_plainly(objective.beta, generation)
+    else:
+        values = [preference_plainly(objective, loss, of.policy, of.reference, of.lengths) for of in generation]
+        preference = torch.stack(values).mean()
     if isinstance(objective, Preference):
         return {"preference": preference}
     kl = []
@@ -193,16 +281,22 @@ def terms_plainly(
         student = scores[of.query, own] / objective.temperature
         kl.append((teacher.softmax(0) * (teacher.log_softmax(0) - student.log_softmax(0))).sum())
     return {
-        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, scores, batch, queries, documents),
+        "contrastive": objective.contrastive_weight * contrastive_plainly(objective, batch, queries, documents, learned),
         "preference": objective.preference_weight * preference,
         "kl": objective.kl_weight * torch.stack(kl).mean(),
     }
 
 
 def uncached(encoder: Encoder, objective: Objective, batch: TrainBatch) -> tuple[dict[str, float], dict[str, Tensor]]:
-    terms = plainly(encoder, objective, batch)
+    learned = learned_of(objective)
+    terms = plainly(encoder, objective, batch, learned)
     torch.stack(list(terms.values())).sum().backward()
-    return {name: float(value.detach()) for name, value in terms.items()}, gradients(encoder)
+    return {name: float(value.detach()) for name, value in terms.items()}, gradients(encoder) | of_learned(learned)
+
+
+def of_learned(learned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of each learned temperature."""
+    return {f"learned {name}": value.grad for name, value in learned.items() if value.grad is not None}
 
 
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, float]:
@@ -215,14 +309,15 @@ def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, 
 
 
 def cached(encoder: Encoder, objective: Objective, batch: TrainBatch, budget: int) -> tuple[StepReport, dict[str, Tensor]]:
-    report = step(encoder, objective, batch, chunk_tokens=budget)
-    return report, gradients(encoder)
+    learned = learned_of(objective)
+    report = step(encoder, objective, batch, chunk_tokens=budget, learned=learned)
+    return report, gradients(encoder) | of_learned(learned)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_chunk_budget_gives_the_gradient_of_the_plain_loss(name: str) -> None:
     encoder, objective = encoder64(), OBJECTIVES[name]
-    batch = toy_batch(encoder)
+    batch = toy_batch(encoder, seed=SEEDS.get(name, 0))
     terms, expected = uncached(encoder, objective, batch)
     assert min(float(gradient.norm()) for gradient in expected.values()) > 1e-6
     for budget in BUDGETS:
@@ -242,6 +337,24 @@ def test_each_term_alone_has_its_plain_gradient(weights: tuple[int, int, int]) -
     for budget in (1, 100_000):
         _, got = cached(encoder, objective, batch, budget)
         assert max(errors(got, expected)) <= 1e-9
+
+
+def test_the_baseline_of_kto_is_of_the_whole_batch_and_zero_where_one_query_is_scored() -> None:
+    encoder, objective = encoder64(), OBJECTIVES["preference, kto"]
+    baselines: list[float] = []
+    plain = Preference.generation_loss
+
+    def watched(self: Preference, logprobs: Any) -> dict[str, Tensor]:
+        baselines.append(float(logprobs.baseline))
+        return plain(self, logprobs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Preference, "generation_loss", watched)
+        cached(encoder, objective, toy_batch(encoder, seed=7), 1)
+        cached(encoder, objective, toy_batch(encoder, seed=7, scored=[2]), 1)
+    assert min(baselines[:4]) > 0
+    assert len(set(baselines[:4])) == 1
+    assert baselines[4:] == [0.0]
 
 
 def test_full_fine_tuning_has_its_plain_gradient() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ullme import losses
-from ullme.losses import entropy, info_nce, kl_alignment, preference, token_logprobs
+from ullme.losses import entropy, info_nce, kl_alignment, kto, preference, token_logprobs
 
 
 def softmax(*values: float) -> list[float]:
@@ -52,6 +52,24 @@ def test_ipo_wants_a_distance_and_hinge_no_more_than_one() -> None:
     difference = torch.tensor([[0.0, 2.5, 5.0, 20.0]])
     assert preference(difference, "ipo", beta=0.2).tolist() == [pytest.approx([6.25, 0, 6.25, 306.25])]
     assert preference(difference, "hinge", beta=0.2).tolist() == [pytest.approx([1, 0.5, 0, 0])]
+
+
+def test_kto_by_hand_with_missing_negatives() -> None:
+    gain = torch.tensor([[2.0, -1.0, 0.5], [1.0, 3.0, 99.0], [-4.0, 99.0, 99.0]], dtype=torch.float64)
+    present = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    loss = kto(gain, present, torch.tensor(0.25, dtype=torch.float64), beta=0.2)
+
+    def sigmoid(value: float) -> float:
+        return 1 / (1 + math.exp(-value))
+
+    def desirable(r: float) -> float:
+        return 1 - sigmoid(0.2 * (r - 0.25))
+
+    def undesirable(r: float) -> float:
+        return 1 - sigmoid(0.2 * (0.25 - r))
+
+    expected = [desirable(2) / 2 + (undesirable(-1) + undesirable(0.5)) / 4, (desirable(1) + undesirable(3)) / 2, desirable(-4) / 2]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_kl_by_hand_with_a_missing_candidate() -> None:

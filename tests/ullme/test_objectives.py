@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,11 @@ from pydantic import ValidationError
 from toys import gradients, tiny_encoder, toy_batch
 
 from ullme.components import component_class, kinds, resolve
-from ullme.errors import ConfigError
+from ullme.errors import ConfigError, ContractError
 from ullme.gradcache import CandidateLogprobs, Representations, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
+from ullme.objectives.distill import Distill
 from ullme.objectives.grl import Grl
 from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
@@ -32,7 +34,7 @@ def spec_of(kind: str) -> dict[str, Any]:
 
 
 def test_the_folder_holds_the_known_kinds() -> None:
-    assert {"contrastive", "grl", "matryoshka", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
+    assert {"contrastive", "distill", "grl", "matryoshka", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +62,9 @@ def test_the_batch_loss_is_pure_in_the_representations(kind: str) -> None:
     batch = toy_batch(encoder)
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(12, 8), dim=1)
-    held = Representations(unit[:5], unit[5:], torch.as_tensor(batch.candidates), torch.as_tensor(batch.known))
+    guide = torch.nn.functional.normalize(torch.randn(12, 6), dim=1)
+    given = (torch.as_tensor(batch.candidates), torch.as_tensor(batch.known))
+    held = Representations(unit[:5], unit[5:], *given, guide_queries=guide[:5], guide_documents=guide[5:])
     before = [value.clone() for value in (held.queries, held.documents, held.candidates, held.known)]
     first, second = objective.batch_loss(held, None), objective.batch_loss(held, None)
     assert {name: float(value) for name, value in first.items()} == {name: float(value) for name, value in second.items()}
@@ -94,15 +98,23 @@ FIELDS = [
     (NESTED, {"dims": (64,)}),
     (NESTED, {"objective": Contrastive(kind="contrastive")}),
     (Contrastive(), {"temperature": 0.2}),
+    (Contrastive(), {"learn_temperature": True}),
     (Contrastive(), {"in_batch": False}),
     (Contrastive(), {"symmetric": True}),
     (Contrastive(), {"all_pairs": True}),
     (Contrastive(), {"hardness": 5}),
     (Contrastive(hardness=5), {"hardness_of": "hard_negatives"}),
     (Contrastive(), {"false_negative_margin": -0.01}),
+    (Contrastive(), {"guided": True}),
+    (Contrastive(guided=True), {"guide_margin": 0.1}),
+    (Distill(), {"target": "embeddings"}),
+    (Distill(), {"temperature": 0.2}),
+    (Distill(), {"guide_temperature": 0.2}),
+    (Distill(), {"in_batch": True}),
     (Sft(), {"per_token": False}),
     (Preference(), {"loss": "ipo"}),
     (Preference(), {"loss": "hinge"}),
+    (Preference(), {"loss": "kto"}),
     (Preference(), {"beta": 0.4}),
     (Preference(), {"label_smoothing": 0.2}),
     (SUM, {"parts": (SUM.parts[0], SUM.parts[1].model_copy(update={"weight": 0.5}))}),
@@ -118,6 +130,7 @@ FIELDS = [
             {"label_smoothing": 0.2},
             {"generation_temperature": 0.1},
             {"preference_loss": "ipo"},
+            {"preference_loss": "kto"},
         )
     ],
 ]
@@ -131,7 +144,8 @@ def test_every_field_changes_the_gradient(objective: Objective, change: dict[str
     batch = toy_batch(encoder)
     found = []
     for candidate in (objective, objective.model_copy(update=change)):
-        step(encoder, candidate, batch, chunk_tokens=1000)
+        learned = {name: torch.tensor(0.3 - math.log(start)) for name, start in candidate.learned.items()}
+        step(encoder, candidate, batch, chunk_tokens=1000, learned=learned)
         found.append(torch.cat([gradient.flatten() for gradient in gradients(encoder).values()]))
     assert float((found[0] - found[1]).norm() / found[0].norm()) > 1e-4
     assert set(change) <= set(type(objective).model_fields)
@@ -144,6 +158,10 @@ def test_every_field_is_among_those_tried() -> None:
         }
 
 
+LEARNED = {"kind": "contrastive", "learn_temperature": True}
+SHORT = {"kind": "matryoshka", "dims": [8], "objective": LEARNED}
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -151,8 +169,20 @@ def test_every_field_is_among_those_tried() -> None:
         ({"kind": "matryoshka", "objective": "grl", "dims": [8, 8]}, "expected each length once"),
         ({"kind": "sum", "parts": [PARTS[0], PARTS[0]]}, "expected each kind once, got contrastive twice"),
         ({"kind": "contrastive", "symmetric": True, "all_pairs": True}, "set one of them"),
+        ({"kind": "contrastive", "guide_margin": 0.1}, "needs guided: true"),
+        ({"kind": "distill", "target": "embeddings", "in_batch": True}, "but target is embeddings"),
+        (
+            {"kind": "matryoshka", "dims": [8], "objective": {"kind": "distill", "target": "embeddings"}},
+            "cannot be learned at several",
+        ),
+        ({"kind": "contrastive", "learn_temperature": True, "temperature": 2}, "stays between 0.01 and 1, got 2"),
+        (
+            {"kind": "sum", "parts": [{"objective": LEARNED}, {"objective": SHORT}]},
+            "expected one objective that learns temperature",
+        ),
         ({"kind": "contrastive", "all_pairs": True, "in_batch": False}, "needs in_batch: true"),
         ({"kind": "preference", "loss": "hinge", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
+        ({"kind": "preference", "loss": "kto", "label_smoothing": 0.1}, "label_smoothing is defined for loss: sigmoid"),
         ({"kind": "grl", "preference_loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is defined for preference_loss"),
     ],
 )
@@ -167,6 +197,24 @@ def test_embeddings_at_right_angles_are_spread_out_and_queries_of_one_target_are
     assert SpreadOut().batch_loss(apart, None)["spread_out"].item() == 0
     near = Representations(rows[[0, 0]], rows[[2, 3]], torch.tensor([[0], [0]]), torch.zeros(2, 2, dtype=torch.bool))
     assert SpreadOut().batch_loss(near, None)["spread_out"].item() == 1  # the queries alone
+
+
+@pytest.mark.parametrize("spec", [{"kind": "distill"}, {"kind": "contrastive", "guided": True}])
+def test_a_batch_without_a_guide_is_refused_by_what_reads_one(spec: dict[str, Any]) -> None:
+    objective: Any = resolve("ullme.objectives", spec)
+    held = Representations(torch.eye(2), torch.eye(2), torch.tensor([[0], [1]]), torch.zeros(2, 2, dtype=torch.bool))
+    with pytest.raises(ContractError, match="reads the embeddings of a guide, and the batch has none"):
+        objective.batch_loss(held, None)
+
+
+def test_an_embedding_equal_to_the_guides_is_learned_already() -> None:
+    rows = torch.eye(4)
+    given = (torch.tensor([[0], [1]]), torch.zeros(2, 2, dtype=torch.bool))
+    held = Representations(rows[:2], rows[2:], *given, guide_queries=rows[:2], guide_documents=rows[2:])
+    for spec in ({"target": "embeddings"}, {"in_batch": True}, {}):
+        assert Distill.model_validate(spec).batch_loss(held, None)["distill"].item() == pytest.approx(0, abs=1e-7)
+    turned = Representations(rows[:2], rows[2:], *given, guide_queries=rows[2:], guide_documents=rows[:2])
+    assert Distill(target="embeddings").batch_loss(turned, None)["distill"].item() == 1
 
 
 def test_a_length_beyond_the_embedding_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 
 from ullme.components import resolve
 from ullme.gradcache import Representations
+from ullme.tiny import tiny_causal_lm
 
 QUERIES, NEGATIVES, WIDTH = 6, 2, 16
 LOSSES = "sentence_transformers.sentence_transformer.losses"
@@ -24,8 +26,24 @@ class Echo(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(features)
 
+    def __getitem__(self, index: int) -> Echo:  # their cached losses look at its first module
+        return self
+
     def get_embedding_dimension(self) -> int:
         return WIDTH
+
+
+class Spoken(Echo):
+    """The same, beside a tokenizer, which their guided loss asks both models for. reads: which embeddings it gives."""
+
+    max_seq_length = 32
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.tokenizer, self.reads = tiny_causal_lm("llama")[1], reads
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.reads]}
 
 
 def columns() -> list[Tensor]:
@@ -41,11 +59,13 @@ def theirs(name: str, rows: list[Tensor], **settings: Any) -> Tensor:
     return loss([{"sentence_embedding": row} for row in rows], None)
 
 
-def ours(spec: dict[str, Any], rows: list[Tensor]) -> Tensor:
-    candidates = np.arange((1 + NEGATIVES) * QUERIES).reshape(1 + NEGATIVES, QUERIES).T
+def ours(spec: dict[str, Any], rows: list[Tensor], guide: list[Tensor] | None = None) -> Tensor:
+    candidates = np.arange((len(rows) - 1) * QUERIES).reshape(len(rows) - 1, QUERIES).T
     held = Representations(
         rows[0], torch.cat(rows[1:]), torch.as_tensor(candidates), torch.zeros(QUERIES, candidates.size, dtype=torch.bool)
     )
+    if guide is not None:
+        held = replace(held, guide_queries=guide[0], guide_documents=torch.cat(guide[1:]))
     objective: Any = resolve("ullme.objectives", spec)
     return torch.stack(list(objective.batch_loss(held, None).values())).sum()
 
@@ -68,6 +88,26 @@ def test_contrastive_is_their_ranking_loss(temperature: float) -> None:
     mine, their = columns(), columns()
     loss = ours({"kind": "contrastive", "temperature": temperature}, mine)
     same(loss, mine, theirs("MultipleNegativesRankingLoss", their, scale=1 / temperature), their)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 32])
+def test_contrastive_is_their_cached_ranking_loss(rows_at_once: int) -> None:
+    mine, their = columns(), columns()
+    other = theirs("CachedMultipleNegativesRankingLoss", their, scale=20.0, mini_batch_size=rows_at_once)
+    same(ours({"kind": "contrastive", "temperature": 0.05}, mine), mine, other, their)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, -0.2])
+@pytest.mark.parametrize("negatives", [0, 1])
+def test_what_a_guide_leaves_out_is_what_theirs_leaves_out(negatives: int, margin: float) -> None:
+    mine, their = columns()[: 2 + negatives], columns()[: 2 + negatives]
+    guide = [normalize(torch.randn(QUERIES, 5, dtype=torch.float64), dim=1) for _ in mine]
+    settings: dict[str, Any] = {"temperature": 0.05, "margin": margin, "contrast_anchors": False, "contrast_positives": False}
+    inner = importlib.import_module(LOSSES).GISTEmbedLoss(Spoken("embedding"), Spoken("guide"), **settings)
+    other = inner([{"embedding": row, "guide": of} for row, of in zip(their, guide, strict=True)], None)
+    same(ours({"kind": "contrastive", "guided": True, "guide_margin": margin}, mine, guide), mine, other, their)
+    unguided = ours({"kind": "contrastive"}, columns()[: 2 + negatives])
+    assert float(other.detach()) < float(unguided.detach())  # something was left out
 
 
 @pytest.mark.parametrize("hardness_of", ["all_negatives", "in_batch_negatives", "hard_negatives"])

@@ -234,6 +234,36 @@ def test_the_loss_falls_on_a_toy_problem(refs: dict[str, ArtifactRef], tmp_path:
         assert np.mean(values[-5:]) < 0.7 * np.mean(values[:5]), name
 
 
+def test_a_learned_temperature_starts_where_it_is_told_moves_and_does_not_decay(
+    refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    found = []
+    for decay in (0.0, 0.9):
+        phase = {**LEARNED, "weight_decay": decay}
+        rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase, phase), refs, seed=1))
+        found.append([row["temperature"] for row in rows])
+        assert rows[0]["temperature"] == rows[3]["temperature"] == pytest.approx(0.05, rel=1e-6)  # each phase has its own
+        assert len({row["temperature"] for row in rows[:3]}) == 3
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize(("start", "beyond"), [(0.0101, 0.01), (0.99, 1.0)])
+def test_a_learned_temperature_stays_in_range(
+    start: float, beyond: float, refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradcache.step
+
+    def pushed(*arguments: Any, **options: Any) -> Any:
+        report = plain(*arguments, **options)
+        options["learned"]["temperature"].grad = torch.tensor(-1.0 if beyond < 0.5 else 1.0)
+        return report
+
+    monkeypatch.setattr(gradcache, "step", pushed)
+    phase = {**LEARNED, "objective": {**LEARNED["objective"], "temperature": start}, "learning_rate": 0.1}
+    rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase), refs, seed=1))
+    assert [row["temperature"] for row in rows] == pytest.approx([start, beyond, beyond], rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["contrastive", {"kind": "grl", "preference_weight": 0}])
 def test_full_fine_tuning_moves_every_weight(kind: Any, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     ref = Store(tmp_path).produce(TRAIN, config({**GRL, "objective": kind}, adapter=None), refs, seed=1)
@@ -249,6 +279,68 @@ def test_full_fine_tuning_with_a_preference_is_refused_before_the_first_step(ref
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+# A guide
+
+
+def guided(folder: Path, *, objective: Any = None, **settings: Any) -> dict[str, Any]:
+    default = {"kind": "contrastive", "guided": True, "guide_margin": 0.02, "learn_temperature": True}
+    return {**PHASE, "objective": objective or default, "guide": {"model": str(folder)}, **settings}
+
+
+def save_guide(folder: Path, seed: int, **settings: Any) -> Path:
+    encoder = tiny_encoder(**settings)
+    torch.manual_seed(seed)
+    for parameter in encoder.model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    encoder.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_guide(tmp_path_factory.mktemp("guide"), 0)
+
+
+def test_another_guide_in_the_same_folder_is_another_key_and_another_model(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    store, folder = Store(tmp_path / "store"), tmp_path / "guide"
+    found = []
+    for seed in (0, 1):
+        section = config(guided(save_guide(folder, seed), objective="distill")).resolved()
+        assert section.resolved() == section
+        found.append((store.key(TRAIN, section, refs, seed=1), weights_of(store.produce(TRAIN, section, refs, seed=1))))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_a_guides_embeddings_are_learned(refs: dict[str, ArtifactRef], guide_folder: Path, tmp_path: Path) -> None:
+    objective = {"kind": "sum", "parts": [{"objective": {"kind": "distill", "target": "embeddings"}}, {"objective": "contrastive"}]}
+    phase = guided(guide_folder, objective=objective, steps=15, learning_rate=0.005)
+    rows = rows_of(Store(tmp_path).produce(TRAIN, config(phase, adapter={"rank": 8, "alpha": 16}), refs, seed=1))
+    values = [row["loss/distill"] for row in rows]
+    assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3])
+
+
+def test_an_objective_without_its_guide_and_a_guide_that_nothing_reads_are_refused(guide_folder: Path) -> None:
+    with pytest.raises(ValidationError, match="guide: objective 'distill' compares with one; set guide"):
+        config({**PHASE, "objective": "distill"})
+    inner = {"kind": "matryoshka", "dims": [8], "objective": {"kind": "contrastive", "guided": True}}
+    with pytest.raises(ValidationError, match="guide: objective 'matryoshka' compares with one"):
+        config({**PHASE, "objective": inner})
+    with pytest.raises(ValidationError, match="guide: the objective does not read it"):
+        config(guided(guide_folder, objective="contrastive"))
+
+
+def test_a_guide_of_another_length_is_refused_before_the_first_step_where_embeddings_are_learned(
+    refs: dict[str, ArtifactRef], tmp_path: Path
+) -> None:
+    folder = save_guide(tmp_path / "guide", 0, dim=24)
+    phase = guided(folder, objective={"kind": "distill", "target": "embeddings"})
+    with pytest.raises(ConfigError, match=r"the trained model's length 64, got 24; use target: scores"):
+        Store(tmp_path / "store").produce(TRAIN, config(PHASE, phase), refs, seed=1)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    Store(tmp_path / "store").produce(TRAIN, config(guided(folder, objective="distill", steps=1)), refs, seed=1)
+
+
 # Crash and resume
 
 
@@ -257,8 +349,9 @@ class Killed(BaseException):
 
 
 FROZEN = {**GRL, "generation": {**GRL["generation"], "score": "sum", "teacher": "frozen"}}
+LEARNED = {**PHASE, "objective": {"kind": "contrastive", "learn_temperature": True}}
 TWO_PHASES = config(
-    FROZEN, {**PHASE, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
+    FROZEN, {**LEARNED, "weight_decay": 0.1}, adapter={**SMALL, "dropout": 0.2}, runtime={"checkpoint_every": 2, "chunk_tokens": 60}
 )
 
 
@@ -337,6 +430,25 @@ def test_a_resumed_run_does_not_repeat_finished_steps(
     monkeypatch.setattr(Loop, "advance", lambda self, s, phase, step: (steps.append((phase, step)), plain(self, s, phase, step))[1])
     store.produce(TRAIN, TWO_PHASES, refs, seed=1)
     assert steps == [(1, 1), (1, 2)]  # the checkpoint holds four
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_with_a_guide_goes_on_to_the_bit_equal_result_and_encodes_nothing_again(
+    step: int, refs: dict[str, ArtifactRef], guide_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config(guided(guide_folder), runtime={"checkpoint_every": 1})
+    expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    left = [file.suffix for file in (tmp_path / "two/work").rglob("*") if file.is_file()]
+    assert set(left) <= {".json", ".jsonl", ".safetensors"}
+    monkeypatch.setattr("ullme.guide._encoded", lambda *_, **__: pytest.fail("the guide encoded again"))
+    ref = store.produce(TRAIN, section, refs, seed=1)
+    assert ref.digest == expected.digest
+    assert rows_of(ref) == rows_of(expected)
 
 
 def test_two_crashes_in_a_row_do_no_harm(refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path) -> None:
@@ -445,16 +557,9 @@ def test_every_field_is_among_those_tried() -> None:
     tried = {(place, field) for place, field, _ in CHANGES}
     sections = {"phase": PhaseConfig, "generation": GenerationConfig, "adapter": LoraConfig}
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
-    assert known - tried == {("phase", "generation"), ("phase", "adapter"), ("adapter", "base_bits")}
-    assert set(TrainConfig.model_fields) == {
-        "phases",
-        "adapter",
-        "generation_adapter",
-        "average_last",
-        "development",
-        "start_from",
-        "runtime",
-    }
+    assert known - tried == {("phase", "generation"), ("phase", "guide"), ("phase", "adapter"), ("adapter", "base_bits")}
+    tried_below = {"generation_adapter", "average_last", "development", "start_from"}
+    assert set(TrainConfig.model_fields) == {"phases", "adapter", "runtime", *tried_below}
 
 
 def test_seed_adapter_and_start_are_in_the_key_and_runtime_is_not(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:

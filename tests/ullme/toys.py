@@ -44,7 +44,7 @@ def tiny_encoder(
 
 
 def toy_batch(encoder: Encoder, *, seed: int = 0, scored: Sequence[int] = (0, 1, 3, 4)) -> TrainBatch:
-    """Five queries with two candidates beside the target: shared passages, missing negatives and a known positive."""
+    """Five queries with two candidates beside the target: shared passages, missing negatives, a known positive and a guide."""
     random = np.random.default_rng(seed)
 
     def words(count: int) -> str:
@@ -55,6 +55,8 @@ def toy_batch(encoder: Encoder, *, seed: int = 0, scored: Sequence[int] = (0, 1,
     candidates = np.array([[0, 1, 2], [3, 0, -1], [4, 5, 1], [0, 6, 3], [5, -1, -1]])  # 0 is a target twice
     known = np.zeros((5, 7), dtype=bool)
     known[0, 3] = known[2, 6] = True
+    random = np.random.default_rng([seed, 1])
+    guide = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (random.normal(size=(n, 64)) for n in (5, 7))]
     bodies = [list(encoder.tokenizer(text)["input_ids"])[:16] for text in texts]
     return TrainBatch(
         query_ids=[f"q{n}" for n in range(5)],
@@ -65,6 +67,8 @@ def toy_batch(encoder: Encoder, *, seed: int = 0, scored: Sequence[int] = (0, 1,
         scored=list(scored),
         prompts=[encoder.tokenizer(f"{queries[row]}\n")["input_ids"] for row in scored],
         passages=[[bodies[c] if c >= 0 else [] for c in candidates[row]] for row in scored],
+        guide_queries=guide[0],
+        guide_documents=guide[1],
     )
 
 

@@ -6,7 +6,10 @@ so the joint step (`ullme.gradcache`) can cache it; `generation_loss` is per que
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from pydantic import model_validator
 
 from ullme.components import Component
 
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
     from ullme.gradcache import CandidateLogprobs, Representations
 
-__all__ = ["Objective"]
+__all__ = ["LEARNED_RANGE", "Objective"]
+
+LEARNED_RANGE = (0.01, 1.0)
+"""Where a learned temperature stays, as in CLIP: its logit scale, log(1 / temperature), lies in [0, log 100]."""
 
 
 class Objective(Component):
@@ -25,6 +31,25 @@ class Objective(Component):
     def inner(self) -> tuple[Objective, ...]:
         """The objectives that this one is made of; what it needs is what they need."""
         return ()
+
+    @model_validator(mode="after")
+    def _learns_each_temperature_once_and_in_range(self) -> Objective:
+        twice = [name for name, count in Counter(n for one in self.inner for n in one.learned).items() if count > 1]
+        if twice:
+            raise ValueError(f"expected one objective that learns {twice[0]}, got several; set learn_temperature in one of them")
+        lowest, highest = LEARNED_RANGE
+        for name, start in self.learned.items():
+            if not lowest <= start <= highest:
+                raise ValueError(f"{name}: one that is learned stays between {lowest:g} and {highest:g}, got {start:g}")
+        return self
+
+    @property
+    def learned(self) -> dict[str, float]:
+        """Temperatures that are trained beside the weights, by name: where they start.
+
+        What is optimised is log(1 / temperature) (CLIP, arXiv 2103.00020, section 2.5); `Representations.learned` holds it.
+        """
+        return {name: start for objective in self.inner for name, start in objective.learned.items()}
 
     @property
     def uses_generation(self) -> bool:
@@ -42,9 +67,24 @@ class Objective(Component):
         return any(objective.uses_reference for objective in self.inner)
 
     @property
+    def uses_mismatched(self) -> bool:
+        """True when `generation_loss` reads `CandidateLogprobs.baseline`, measured on queries beside another one's passage."""
+        return any(objective.uses_mismatched for objective in self.inner)
+
+    @property
     def uses_teacher(self) -> bool:
         """True when `batch_loss` reads the generation score of the candidates."""
         return any(objective.uses_teacher for objective in self.inner)
+
+    @property
+    def uses_guide(self) -> bool:
+        """True when `batch_loss` reads the embeddings of the phase's guide, `Representations.guide`."""
+        return any(objective.uses_guide for objective in self.inner)
+
+    @property
+    def copies_guide(self) -> bool:
+        """True when it compares embeddings with the guide's number by number, so that both must be of one length."""
+        return any(objective.copies_guide for objective in self.inner)
 
     @property
     def teacher_temperature(self) -> float:

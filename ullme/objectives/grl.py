@@ -23,7 +23,7 @@ class Grl(Objective):
     P_r = softmax(s_r / tau) and P_g = softmax(s_g / tau_g), detached, over the query's own candidates: its positive and hard
     negatives. s_r = cosine; s_g = mean log pi(p_t | prompt, q, p_<t) over the passage's tokens only, or another generation score
     (`generation.score` of the phase). L_DPO is on summed log-probabilities against the reference, the model as the phase began,
-    averaged over the query's negatives; `preference_loss` takes another form in its place (see `ullme.losses.preference`).
+    averaged over the query's negatives; `preference_loss` takes another form in its place (see `ullme.objectives.preference`).
 
     At tau_g = 1 the differences of s_g are well below 1 nat, P_g is close to uniform and the KL flattens P_r; its entropy is
     logged as `generation_entropy`.
@@ -61,6 +61,11 @@ class Grl(Objective):
     def uses_reference(self) -> bool:
         """The preference term compares with the reference model."""
         return self.preference_weight > 0
+
+    @property
+    def uses_mismatched(self) -> bool:
+        """A preference term of KTO measures a baseline."""
+        return self.preference_weight > 0 and self.preference_loss == "kto"
 
     @property
     def uses_teacher(self) -> bool:

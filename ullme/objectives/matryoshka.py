@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ullme.components import component
 from ullme.objectives import Objective
@@ -34,6 +34,15 @@ class Matryoshka(Objective):
         if len(set(value)) < len(value):
             raise ValueError(f"expected each length once, got {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _copies_no_embeddings(self) -> Matryoshka:
+        if self.objective.copies_guide:
+            raise ValueError(
+                "objective: the guide's embeddings have one length, so they cannot be learned at several; "
+                "use distill with target: scores, or put it beside this one in a sum"
+            )
+        return self
 
     @property
     def inner(self) -> tuple[Objective, ...]:

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Preference", "PreferenceLoss", "preference_term"]
 
-PreferenceLoss = Literal["sigmoid", "ipo", "hinge"]
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge", "kto"]
 
 
 class Preference(Objective):
     """DPO (`sigmoid`), IPO or hinge between the positive and each negative, averaged per query (see `ullme.losses.preference`).
 
-    The reference is the model as it was when the phase began: the base, where that is the first one or begins with a new adapter.
+    `kto` compares no pairs: the positive is desirable and each negative is not (see `ullme.losses.kto`). The reference is the
+    model as it was when the phase began: the base, where that is the first one or begins with a new adapter.
     """
 
     loss: PreferenceLoss = "sigmoid"
@@ -49,14 +50,22 @@ class Preference(Objective):
         """Every form compares with the reference model."""
         return True
 
+    @property
+    def uses_mismatched(self) -> bool:
+        """KTO measures a baseline."""
+        return self.loss == "kto"
+
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
         """`preference`, one value per query."""
         return {"preference": preference_term(logprobs, self.loss, beta=self.beta, label_smoothing=self.label_smoothing)}
 
 
 def preference_term(logprobs: CandidateLogprobs, loss: PreferenceLoss, *, beta: float, label_smoothing: float) -> Tensor:
-    """Float[G]: the positive (column 0) against each present negative, averaged per query; 0 for a query without negatives."""
-    from ullme.losses import preference
+    """Float[G]: the positive (column 0) against each present negative, averaged per query; 0 for a query without negatives.
+
+    `kto` rates each of them by itself, so that a query without negatives still has its positive's half.
+    """
+    from ullme.losses import kto, preference
 
     reference = logprobs.reference
     assert reference is not None
@@ -64,6 +73,9 @@ def preference_term(logprobs: CandidateLogprobs, loss: PreferenceLoss, *, beta: 
     if loss == "ipo":
         policy, reference = policy / tokens, reference / tokens
     gain = policy - reference
+    if loss == "kto":
+        assert logprobs.baseline is not None
+        return kto(gain, logprobs.present, logprobs.baseline, beta=beta)
     values = preference(gain[:, :1] - gain[:, 1:], loss, beta=beta, label_smoothing=label_smoothing)
     present = logprobs.present[:, 1:]
     return values.where(present, 0.0).sum(1) / present.sum(1).clamp_min(1)
