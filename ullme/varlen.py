@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ullme.attention import SlidingWindow, _mode, decoder_layers, hidden_states, is_encoder, trunk
 from ullme.errors import ContractError
+from ullme.fused import fused_layers
 from ullme.packed_attention import grouped_attention, in_window
 
 __all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "supports_packing", "unpack"]
@@ -90,7 +91,9 @@ def packed_hidden_states(
     """
     inner: Any = trunk(model)
     adding = _adding_in_float32(inner) if float32_residual else nullcontext()
-    with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest), _switched(inner), adding:
+    mode = _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest)
+    fused = nullcontext() if _is_compiled(inner) else fused_layers(inner)
+    with mode, _switched(inner), adding, fused:
         return inner(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -103,6 +106,10 @@ def packed_hidden_states(
             max_length_q=packed.longest,
             max_length_k=packed.longest,
         ).last_hidden_state[0]
+
+
+def _is_compiled(inner: nn.Module) -> bool:
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(inner))
 
 
 @contextmanager
