@@ -19,6 +19,7 @@ from flows.commands.doctor import doctor_command
 from flows.commands.encode import ENCODE_EXAMPLES, encode_command
 from flows.commands.gc import gc_command
 from flows.commands.history import history_command
+from flows.commands.merge import MERGE_EXAMPLES, merge_command
 from flows.commands.options import complain
 from flows.commands.push import PUSH_EXAMPLES, push_command
 from flows.commands.rollback import rollback_command
@@ -86,6 +87,7 @@ def _ullme_app() -> App:
     app.command(_run_app("run"), name="run")
     app.command(search_command, name="search")
     app.command(encode_command, name="encode", help_epilogue=ENCODE_EXAMPLES, help_format="plaintext")
+    app.command(merge_command, name="merge", help_epilogue=MERGE_EXAMPLES, help_format="plaintext")
     app.command(history_command, name="history")
     app.command(rollback_command, name="rollback")
     app.command(push_command, name="push", help_epilogue=PUSH_EXAMPLES, help_format="plaintext")

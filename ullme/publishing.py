@@ -3,6 +3,7 @@
     contents        model folder -> name in the repository -> file, or changed text; no paths of this machine
     publish         these files as one commit of a repository that huggingface_hub can reach
     write_folder    the same files into an empty folder
+    model_fingerprint   model folder -> digest of what its vectors depend on
 
 One commit, so whoever downloads meanwhile gets the former model or the new one. Weights and settings that the new model does not
 have are deleted with it; other files of the repository (a licence, pictures) stay.
@@ -21,11 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 from ullme.card import without_places
 from ullme.errors import ArtifactError, ConfigError, HubError
+from ullme.records import digest_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Files", "Published", "Repository", "contents", "needs_trust", "publish", "write_folder"]
+__all__ = [
+    "Files",
+    "Published",
+    "Repository",
+    "contents",
+    "model_fingerprint",
+    "needs_trust",
+    "publish",
+    "require_new",
+    "write_folder",
+]
 
 Files = Mapping[str, "Path | bytes"]
 """Name in the repository -> where the file lies, or what is in it."""
@@ -35,6 +47,10 @@ ORIGINS = ("base", "base_model_name_or_path", "_name_or_path", "name_or_path")
 """Fields of settings that may hold the path that weights were loaded from."""
 OURS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.json", "*.jinja", "*.model", "*.py")
 """What a model is made of: where the new one lacks it, it belonged to the former one."""
+WEIGHTS = ("*.safetensors", "[0-9]*_*/*.safetensors", "adapters/*/*.safetensors")
+"""Of the LLM, of trained modules behind it, and of adapters that are kept apart."""
+TELLING = (*WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "ullme.json")
+"""What the vectors of a model depend on."""
 PLAIN = "sentence_transformers."
 PATIENCE_S = 20.0
 """How long a hub may take to answer that it is there."""
@@ -92,6 +108,18 @@ def contents(folder: Path) -> dict[str, Path | bytes]:
     return found
 
 
+def model_fingerprint(folder: Path) -> str:
+    """sha256 of the files of a model folder that its vectors depend on: weights, settings and tokenizer.
+
+    Raises:
+        ArtifactError: no such folder, or one without weights.
+    """
+    files = sorted({file for pattern in TELLING for file in folder.glob(pattern)})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise ArtifactError(f"{folder}: expected a model folder with *.safetensors; name the folder that training or a save wrote")
+    return digest_files((file.relative_to(folder).as_posix(), file) for file in files)
+
+
 def needs_trust(folder: Path) -> bool:
     """Whether sentence-transformers has to run code of the folder, because a module is none of its own."""
     file = folder / "modules.json"
@@ -136,8 +164,7 @@ def write_folder(files: Files, folder: Path) -> None:
     Raises:
         ConfigError: there is something in it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: expected a new or empty folder to write the model into; name another, or empty this one")
+    require_new(folder)
     for name, file in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +172,12 @@ def write_folder(files: Files, folder: Path) -> None:
             target.write_bytes(file)
         else:
             shutil.copyfile(file, target)
+
+
+def require_new(folder: Path) -> None:
+    """Raises: ConfigError: there is something in the folder, or it is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder}: expected a new or empty folder to write the model into; name another, or empty this one")
 
 
 def _told(file: Path) -> Path | bytes:

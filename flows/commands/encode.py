@@ -15,10 +15,9 @@ from ullme.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     from ullme.encoding import Encoded, EncodeJob
 
-__all__ = ["ENCODE_EXAMPLES", "encode_command", "model_fingerprint"]
+__all__ = ["ENCODE_EXAMPLES", "encode_command"]
 
 AT_LEAST_1 = validators.Number(gte=1)
-MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "ullme.json")
 ENCODE_EXAMPLES = """Examples:
 
   ullme encode --model my-model --input corpus.jsonl --output vectors
@@ -59,6 +58,7 @@ def encode_command(
     """
     from flows.child import ENVIRONMENT
     from ullme.encoding import Encoded, EncodeJob, EncodeRuntime
+    from ullme.publishing import model_fingerprint
     from ullme.text_file import TextFile
     from ullme.workers import encode_in_workers
 
@@ -85,20 +85,6 @@ def encode_command(
     encoded = encode_in_workers(job) if job.numbers else Encoded()
     _report(job, encoded)
     return 0
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Digest of the files of a model folder that its vectors depend on: weights, settings and tokenizer.
-
-    Raises:
-        ArtifactError: no such folder, or one without weights.
-    """
-    from ullme.records import digest_files
-
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise ArtifactError(f"{folder}: expected a model folder with *.safetensors; name the folder that training or a save wrote")
-    return digest_files((file.name, file) for file in files)
 
 
 def _part(text: str) -> tuple[int, int]:

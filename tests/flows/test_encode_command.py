@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from flows.cli import _ullme_app, dispatch
-from flows.commands.encode import model_fingerprint
 from ullme.artifacts import Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.encoding import EncodeJob, EncodeRuntime, encode_part, open_embeddings
 from ullme.errors import ArtifactError
+from ullme.publishing import model_fingerprint
 from ullme.text_file import TextFile
 
 ULLME = str(Path(sys.executable).parent / "ullme")

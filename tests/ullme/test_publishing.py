@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ullme.errors import ArtifactError, ConfigError
-from ullme.publishing import Repository, contents, needs_trust, write_folder
+from ullme.publishing import Repository, contents, model_fingerprint, needs_trust, write_folder
 
 
 @pytest.fixture
@@ -51,6 +51,15 @@ def test_only_fields_that_name_a_place_are_changed(folder: Path, tmp_path: Path)
     assert json.loads((tmp_path / "copy" / "ullme.json").read_text()) == {**before, "base": "llm@0123"}
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert "/home" not in (tmp_path / "copy" / "adapter" / "adapter_config.json").read_text()
+
+
+def test_the_fingerprint_follows_trained_modules_and_adapters_kept_apart(folder: Path) -> None:
+    known = {model_fingerprint(folder)}
+    for name in ("1_LatentAttention/model.safetensors", "adapters/embedding/adapter_model.safetensors"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("weights")
+        assert model_fingerprint(folder) not in known
+        known.add(model_fingerprint(folder))
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
