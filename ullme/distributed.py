@@ -11,7 +11,6 @@ step; `shard` cuts the layers' weights into pieces instead (FSDP2, `torch.distri
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -111,8 +110,9 @@ def current() -> Processes:
 
 def joined() -> bool:
     """Whether this process has been started as one of several, and has found the others."""
-    if dist.is_available() and not dist.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
-        _join()  # torchrun
+    if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
+        _choose_device(dist.get_node_local_rank(0))
+        dist.init_process_group(_backend())  # where the others are, torchrun has left in the environment
     return dist.is_available() and dist.is_initialized()
 
 
@@ -216,13 +216,15 @@ def run(count: int, function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _work(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
     if rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:
         logging.disable(logging.INFO)
     try:
-        _join(f"file://{folder}/rendezvous")
+        _choose_device(rank)
+        if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        dist.init_process_group(_backend(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
         result = function(*arguments)
         if rank == 0:
             (Path(folder) / "result").write_bytes(pickle.dumps(result))
@@ -234,10 +236,10 @@ def _work(rank: int, count: int, folder: str, function: Callable[..., Any], argu
             dist.destroy_process_group()
 
 
-def _join(rendezvous: str = "env://") -> None:
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def _choose_device(rank: int) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=rendezvous, rank=rank, world_size=count)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"

@@ -24,7 +24,7 @@ def replaced(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "mistral", "phi3", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_hidden_states_stay_the_same(family: str, dtype: torch.dtype) -> None:
-    model = tiny_causal_lm(family)[0].to(dtype)
+    model = tiny_causal_lm(family)[0].to(dtype).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.normal_(0.5, 0.2)  # weights of their own, or 1 + w looks like w

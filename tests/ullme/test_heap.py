@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +29,16 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@glibc
-def test_memory_is_kept_within_the_block_and_given_back_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture
+def fresh() -> Iterator[None]:
     heap._glibc.cache_clear()
+    yield
+    heap._glibc.cache_clear()
+
+
+@glibc
+@pytest.mark.usefixtures("fresh")
+def test_memory_is_kept_within_the_block_and_given_back_after_it() -> None:
     with kept_memory():
         faults()
         with kept_memory():  # the outer one still holds after the inner one
@@ -40,12 +48,11 @@ def test_memory_is_kept_within_the_block_and_given_back_after_it(monkeypatch: py
     assert kept * 4 < faults()
 
 
-def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
-    heap._glibc.cache_clear()
-    try:
-        assert heap._glibc() is None
-        with kept_memory():
-            pass
-    finally:
-        heap._glibc.cache_clear()
+@glibc
+def test_where_large_blocks_are_kept_already_nothing_is_changed() -> None:
+    code = "from ullme import heap; print(heap._glibc() is None)"
+    told = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    for settings, expected in (({}, "False"), (told, "True")):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC")} | settings
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [expected]
