@@ -238,7 +238,7 @@ def plainly(encoder: Encoder, objective: Any, batch: TrainBatch, learned: dict[s
     """Each row goes through the model once, whatever terms use it: the norms round to float32, so two passes do not add up."""
     queries = torch.stack([embed_one(encoder, row) for row in batch.queries])
     documents = torch.stack([embed_one(encoder, row) for row in batch.documents])
-    generation = scored_plainly(encoder, batch) if objective.uses_generation else []
+    generation = scored_plainly(encoder, batch) if objective.uses_generation or isinstance(objective, Grl) else []
     return terms_plainly(objective, batch, (queries, documents), generation, learned)
 
 

@@ -1,9 +1,13 @@
-"""The same numbers and gradients as sentence-transformers' own losses, called on the same embeddings."""
+"""The same numbers and gradients as sentence-transformers' own losses, called on the same embeddings; and the same numbers as
+trl's own trainers, as `fixtures/make_trl.py` wrote them down.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ullme.components import resolve
-from ullme.gradcache import Representations
+from ullme.gradcache import CandidateLogprobs, Representations
+from ullme.objectives.preference import Preference
 from ullme.tiny import tiny_causal_lm
 
 QUERIES, NEGATIVES, WIDTH = 6, 2, 16
@@ -135,3 +140,18 @@ def test_matryoshka_is_theirs_averaged() -> None:
     other = wrapped([{"sentence_embedding": row} for row in their], None) / len(dims)
     loss = ours({"kind": "matryoshka", "dims": dims, "objective": {"kind": "contrastive", "temperature": 0.05}}, mine)
     same(loss, mine, other, their)
+
+
+TRL = json.loads((Path(__file__).parent / "fixtures" / "trl.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "kto"])
+def test_preferences_are_those_of_trls_trainers(loss: Any) -> None:
+    kept = TRL["losses"][loss]
+    policy, reference = (torch.tensor(kept[name], dtype=torch.float64) for name in ("policy", "reference"))
+    baseline = torch.tensor(kept.get("mismatched", [0.0]), dtype=torch.float64).mean().clamp_min(0)
+    assert (float(baseline) > 0) == (loss == "kto")
+    every = torch.ones(policy.shape, dtype=torch.bool)
+    held = CandidateLogprobs(torch.arange(4), policy, torch.tensor(kept["tokens"]), every, reference, baseline=baseline)
+    terms = Preference(loss=loss, beta=TRL["beta"]).generation_loss(held)
+    assert float(terms["preference"].mean()) == pytest.approx(kept["loss"], rel=1e-5)  # theirs sums in float32
