@@ -111,7 +111,9 @@ def current() -> Processes:
 def joined() -> bool:
     """Whether this process has been started as one of several, and has found the others."""
     if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
-        _choose_device(dist.get_node_local_rank(0))
+        from torch.distributed.distributed_c10d import get_node_local_rank
+
+        _choose_device(get_node_local_rank(0))
         dist.init_process_group(_backend())  # where the others are, torchrun has left in the environment
     return dist.is_available() and dist.is_initialized()
 

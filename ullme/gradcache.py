@@ -133,11 +133,15 @@ class CandidateLogprobs:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step measured: the weighted terms, their sum, and the scores behind them."""
+    """What one step measured: the weighted terms, their sum, and the scores behind them.
+
+    tokens: that went through the model once or more, without padding. padding: share of the embedded positions that are padding.
+    """
 
     terms: dict[str, float]
     health: dict[str, float]
     tokens: int
+    padding: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -218,7 +222,9 @@ def step(
         health["generation_entropy"] = float(spread.mean())
         best = scores.masked_fill(~generation.present, float("-inf")).argmax(1)
         health["generation_accuracy"] = float((best == 0).float().mean())
-    return StepReport(terms, health, tokens)
+    padded = sum(max(lengths[position] for position in chunk) * len(chunk) for chunk, _ in turns)
+    real = sum(lengths[position] for chunk, _ in turns for position in chunk)
+    return StepReport(terms, health, tokens, 1 - real / padded)
 
 
 def _generation(
@@ -328,6 +334,7 @@ def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def _health(representations: Representations) -> dict[str, float]:
+    """Scores and accuracy within the batch, and alignment and uniformity (arXiv 2005.10242, eq. 1 and 2, at their exponent 2)."""
     similarity = representations.queries @ representations.documents.T
     positive = similarity.gather(1, representations.target.unsqueeze(1)).squeeze(1)
     others = similarity.masked_fill(representations.known, float("-inf"))
@@ -338,7 +345,17 @@ def _health(representations: Representations) -> dict[str, float]:
         "positive_score": float(positive.mean()),
         "hardest_negative_score": float(negative[reachable].mean()) if bool(reachable.any()) else 0.0,
         "accuracy": float((positive > negative).float().mean()),
+        "alignment": float((2 - 2 * positive).mean()),
+        "uniformity": _uniformity(representations.documents),
     }
+
+
+def _uniformity(vectors: Float[Tensor, "C D"]) -> float:
+    """log of the mean over pairs of exp(-2 |x - y|^2): 0 where all are one point, the lower the more evenly they spread."""
+    if len(vectors) < 2:
+        return 0.0
+    pairs = (vectors @ vectors.T).triu(1)[tuple(torch.triu_indices(len(vectors), len(vectors), 1))]
+    return float((4 * pairs - 4).exp().mean().log())
 
 
 class _Replay:

@@ -457,8 +457,10 @@ class Loop:
             "gradient_norm": norm,
             "learning_rate": rate,
             **measured,
+            "padding_ratio": report.padding,
             "tokens_per_second": report.tokens / seconds,
             "seconds": seconds,
+            "peak_memory_gb": _peak_memory_gb(),
         }
         if self._together.leads:
             with self.metrics_file.open("a", encoding="utf-8") as handle:
@@ -615,6 +617,18 @@ class Loop:
         rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
         write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[:steps]))
         return rows[:steps]
+
+
+def _peak_memory_gb() -> float:
+    """Most memory held so far, in 10^9 bytes: of the GPU, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime) -> dict[str, list[float]]:

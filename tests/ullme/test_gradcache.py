@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toys import gradients, logprob_by_hand, tiny_encoder, toy_batch
 
 from ullme import gradcache, losses
-from ullme.batches import TokenRow
+from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError
 from ullme.gradcache import Representations, StepReport, TrainBatch, step
@@ -453,6 +453,8 @@ def test_the_report_names_terms_scores_and_tokens() -> None:
         "positive_score",
         "hardest_negative_score",
         "accuracy",
+        "alignment",
+        "uniformity",
         "generation_entropy",
         "generation_accuracy",
     }
@@ -464,6 +466,23 @@ def test_the_report_names_terms_scores_and_tokens() -> None:
     )
     positive = scores[range(5), batch.candidates[:, 0]]
     assert report.health["positive_score"] == pytest.approx(float(positive.detach().mean()), rel=1e-9)
+    queries, documents = ([embed_one(encoder, row).detach() for row in rows] for rows in (batch.queries, batch.documents))
+    apart = [(query - documents[place]).square().sum() for query, place in zip(queries, batch.candidates[:, 0], strict=True)]
+    assert report.health["alignment"] == pytest.approx(float(torch.stack(apart).mean()), rel=1e-9)
+    pairs = [(one - other).square().sum() for place, one in enumerate(documents) for other in documents[place + 1 :]]
+    assert report.health["uniformity"] == pytest.approx(float((-2 * torch.stack(pairs)).exp().mean().log()), rel=1e-9)
+
+
+def test_padding_is_counted() -> None:
+    encoder = encoder64()
+    batch = toy_batch(encoder)
+    assert cached(encoder, OBJECTIVES["contrastive"], batch, 1)[0].padding == 0  # every row alone
+    rows = [len(row) for row in [*batch.queries, *batch.documents]]
+    chunks = list(chunk_by_tokens(rows, 100_000))
+    padded = sum(max(rows[place] for place in chunk) * len(chunk) for chunk in chunks)
+    found = cached(encoder, OBJECTIVES["contrastive"], batch, 100_000)[0].padding
+    assert found == pytest.approx(1 - sum(rows) / padded)
+    assert found > 0
 
 
 def test_without_generation_weights_the_language_model_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
