@@ -11,11 +11,9 @@ step; `shard` cuts the layers' weights into pieces instead (FSDP2, `torch.distri
 from __future__ import annotations
 
 import logging
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -23,13 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ullme.attention import decoder_layers, trunk
-from ullme.errors import StageFailed
+from ullme.errors import StageFailed, UllmeError
 
 __all__ = ["Processes", "Turn", "current", "joined", "put", "run", "shard", "wanted", "whole"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+LOOK_S = 0.1
 BUCKET = 2**24
 """Numbers whose gradients are summed in one message."""
 
@@ -199,25 +198,38 @@ def clip(parameters: Sequence[nn.Parameter], most: float) -> float:
 def run(count: int, function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function of a module in `count` processes that know each other; returns what the first of them returned.
 
+    Arguments and result are plain values: tensors would lie in memory that ends with the process.
+
     Raises:
         What the function raises in any of them; the others are ended. StageFailed: one of them crashed.
     """
-    from torch.multiprocessing.spawn import ProcessExitedException, spawn
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+    said = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    found: list[tuple[int, bool, Any]] = []
+
+    def listen() -> None:
+        while not said.empty():
+            found.append(said.get())
 
     with tempfile.TemporaryDirectory(prefix="ullme-processes-") as folder:
+        work = start_processes(_work, (count, folder, said, function, arguments), nprocs=count, join=False, start_method="spawn")
+        assert work is not None  # join=False
         try:
-            spawn(_work, (count, folder, function, arguments), nprocs=count)
-        except Exception as error:
-            failed = sorted(Path(folder).glob("error-*"))
-            if failed:
-                raise pickle.loads(failed[0].read_bytes()) from None
-            if isinstance(error, ProcessExitedException):
-                raise StageFailed("train", error.exit_code, [str(error)]) from None
-            raise
-        return pickle.loads((Path(folder) / "result").read_bytes())
+            while not work.join(timeout=LOOK_S):
+                listen()
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            listen()
+            errors = [value for _, failed, value in found if failed]
+            own = [value for value in errors if isinstance(value, UllmeError)]  # the others' connections broke because of it
+            if own or errors:
+                raise (own or errors)[0] from None
+            raise StageFailed("train", getattr(error, "exit_code", 1), [str(error)]) from None
+        listen()
+    return next(value for rank, failed, value in found if not failed and rank == 0)
 
 
-def _work(rank: int, count: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(rank: int, count: int, folder: str, said: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     if rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:
@@ -229,9 +241,9 @@ def _work(rank: int, count: int, folder: str, function: Callable[..., Any], argu
         dist.init_process_group(_backend(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
         result = function(*arguments)
         if rank == 0:
-            (Path(folder) / "result").write_bytes(pickle.dumps(result))
+            said.put((rank, False, result))
     except Exception as error:
-        (Path(folder) / f"error-{rank}").write_bytes(pickle.dumps(error))
+        said.put((rank, True, error))
         raise
     finally:
         if dist.is_initialized():

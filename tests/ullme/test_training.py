@@ -790,9 +790,9 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tried = [60]
     plain = gradcache.step
 
-    def step(encoder: Encoder, *arguments: Any, chunk_tokens: int) -> Any:
+    def step(encoder: Encoder, *arguments: Any, chunk_tokens: int, **options: Any) -> Any:
         tried.append(chunk_tokens)
-        report = plain(encoder, *arguments, chunk_tokens=chunk_tokens)
+        report = plain(encoder, *arguments, chunk_tokens=chunk_tokens, **options)
         if chunk_tokens > tried[0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return report
