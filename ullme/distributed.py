@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ullme.attention import decoder_layers, trunk
 from ullme.errors import StageFailed, UllmeError
 
-__all__ = ["Processes", "Turn", "current", "joined", "put", "run", "shard", "wanted", "whole"]
+__all__ = ["Processes", "Turn", "clip", "current", "is_sharded", "joined", "put", "run", "shard", "wanted", "whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ def shard(model: nn.Module) -> None:
         for part in [*layers, inner]:
             set_factor = getattr(part, "set_gradient_divide_factor", None) or part.set_reduce_scatter_divide_factor
             set_factor(1.0)
+            if hasattr(part, "set_force_sum_reduction_for_comms"):
+                part.set_force_sum_reduction_for_comms(True)  # or else it asks for an operation that gloo does not have
 
 
 def clip(parameters: Sequence[nn.Parameter], most: float) -> float:

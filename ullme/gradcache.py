@@ -168,7 +168,8 @@ def step(
     rows = [*batch.queries, *batch.documents]
     lengths = [len(row) for row in rows]
     tokens = sum(lengths)
-    turns = together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens)))
+    chunks = list(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens)))
+    turns = together.turns(chunks)
     terms: dict[str, float] = {}
     health: dict[str, float] = {}
 
@@ -178,7 +179,8 @@ def step(
         tokens += scored_tokens
 
     replay = _Replay(device)
-    fits = sum(max(lengths[position] for position in chunk) * len(chunk) for chunk, _ in turns) <= chunk_tokens
+    held = [max(lengths[position] for position in chunk) * len(chunk) for chunk in chunks]
+    fits = all(sum(held[rank :: together.count]) <= chunk_tokens for rank in range(together.count))  # the same in every process
     pieces: list[Tensor] = []
     for index, (chunk, _) in enumerate(turns):
         with torch.set_grad_enabled(fits), replay.record(index):

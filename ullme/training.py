@@ -344,13 +344,17 @@ class Loop:
     def _take_what_learns(self) -> None:
         import torch
 
+        from ullme.distributed import is_sharded
+
         self._trainable = self._encoder.trainable()
         for parameter in self._trainable.values():
             parameter.data = parameter.data.float() if self._section.adapter is not None else parameter.data
         scalars = {f"learned.{number}.{name}": value for number, of in enumerate(self._learned) for name, value in of.items()}
         self._state = self._trainable | scalars
-        groups = [{"params": list(self._trainable.values()), "decays": True}]
-        groups += [{"params": list(scalars.values()), "decays": False}] if scalars else []
+        sharded = [parameter for parameter in self._trainable.values() if is_sharded(parameter)]
+        kept = [parameter for parameter in self._trainable.values() if not is_sharded(parameter)]
+        split = [(kept, True), (sharded, True), (list(scalars.values()), False)]  # the fused step takes no mixture
+        groups = [{"params": of, "decays": decays} for of, decays in split if of]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
 
     def begin(self, phase: int) -> None:

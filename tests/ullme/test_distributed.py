@@ -182,7 +182,6 @@ def test_a_run_on_two_processes_ends_where_one_does(
     one = Store(tmp_path / "one").produce(TRAIN, config(*phases, **settings), refs, seed=1)
     runtime = {"processes": 2, "shard": shard, "chunk_tokens": 60, "checkpoint_every": 2}
     two = Store(tmp_path / "two").produce(TRAIN, config(*phases, **settings, runtime=runtime), refs, seed=1)
-    assert one.key == two.key
     found, wanted = weights(two), weights(one)
     assert all(torch.allclose(found[name], wanted[name], atol=1e-3) for name in wanted)
     for row, other in zip(rows_of(one), rows_of(two), strict=True):
