@@ -1,7 +1,7 @@
 """The data stage: a source's records, checked and split, as four parquet files that every later stage reads.
 
-    documents.parquet   id, text, title, searchable, held_out, parent, section
-    queries.parquet     id, text, split (train | dev | test), instruction
+    documents.parquet   id, text, title, searchable, held_out, parent, section, dataset
+    queries.parquet     id, text, split (train | dev | test), instruction, dataset
     qrels.parquet       query_id, doc_id, score (> 0)
     negatives.parquet   query_id, doc_id: wrong answers that the source itself gave
     logs/skipped.jsonl  with `on_bad_record: skip`, what was left out and why
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ullme.artifacts import Draft, Inputs, Stage
+from ullme.artifacts import Draft, Inputs, Stage, digest_of
 from ullme.components import Section, component
 from ullme.errors import ArtifactError, ContractError, DataError
 from ullme.held_out import HeldOut, hold_out
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 SHOWN_PROBLEMS = 50
 NAME_KEY = "data.name"  # in the metadata of queries.parquet
 Count = Annotated[int, Field(gt=0)]
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Share = Annotated[float, Field(ge=0, le=0.9)]
 
 
@@ -49,6 +50,9 @@ class DataConfig(Section):
     words): near-duplicates fall on one side, and a query that was once for testing stays so as data grows (`ullme.splits`).
     Caps keep the queries of lowest hash, so a smaller cap keeps a subset of a larger one, whatever the seed.
 
+    auxiliary: further sources by name. The model is trained on their train queries (those without a split, too); their documents
+    are mined for negatives of these, and are neither indexed nor evaluated. What they share with the run's own test and
+    development queries or held-out documents is dropped.
     name: what the data set is called, where `backbone.prompts.datasets` has templates for it; empty = the kind of its source.
     held_out: what becomes a query where the source has none: titles and headings, a sentence a document, by default (auto)
     sentences where there are no titles, or nothing (`ullme.held_out`).
@@ -57,6 +61,7 @@ class DataConfig(Section):
     """
 
     source: Annotated[Source, component("ullme.sources")]
+    auxiliary: dict[DatasetName, Annotated[Source, component("ullme.sources")]] = Field(default_factory=dict)
     name: str = ""
     on_bad_record: Literal["fail", "skip"] = "fail"
     held_out: HeldOut = "auto"
@@ -74,6 +79,17 @@ class DataConfig(Section):
             raise ValueError(f"dev_share + test_share must be below 1, got {self.dev_share + self.test_share:g}")
         return self
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataConfig:
+        if self.called in self.auxiliary:
+            raise ValueError(f"auxiliary: '{self.called}' is what the run's own data set is called; give this one another name")
+        return self
+
+    @property
+    def called(self) -> str:
+        """What the data set is called."""
+        return self.name or self.source.kind
+
     def resolved(self) -> DataConfig:
         """A copy whose `source_digest` names the contents of the source as they are now.
 
@@ -81,6 +97,8 @@ class DataConfig(Section):
             DataError: the source is not there, or `source_digest` was given and the contents are others.
         """
         found = self.source.fingerprint()
+        if self.auxiliary:
+            found = digest_of([found, {name: source.fingerprint() for name, source in self.auxiliary.items()}])
         if self.source_digest and self.source_digest != found:
             raise DataError(
                 f"data.source ({self.source.kind}): expected contents {self.source_digest[:12]}, got {found[:12]}; "
@@ -94,7 +112,7 @@ class Example:
     """A query with everything that training needs, ids beside texts.
 
     scores: the miner's score of each negative, in their order; None unless every negative has one.
-    instruction: as in `Query`. dataset: what the data set is called.
+    instruction: as in `Query`. dataset: what its data set is called.
     """
 
     query_id: str
@@ -117,19 +135,33 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
     section = section.resolved()
     draft.restart()
     problems = Problems()
-    records = section.source.read(problems)
+    read = {name: source.read(problems) for name, source in {"": section.source, **section.auxiliary}.items()}
     _settle(problems, section.on_bad_record, draft)
-    check_records(records)
+    for found in read.values():
+        check_records(found)
+    records = read.pop("")
     if not records.documents:
         raise DataError(f"data.source ({section.source.kind}): no usable document; there is nothing to index")
     records, made = _with_queries(records, section)
-    queries, leaked = split_queries(records.queries, dev_share=section.dev_share, test_share=section.test_share)
-    queries = [query for split in SPLITS for query in _capped([q for q in queries if q.split == split], section, split)]
-    documents = _documents(records.documents, queries, section.max_documents)
+    never = {normalise(document.content) for document in records.documents if document.held_out}
+    auxiliary = [_auxiliary(name, found, never) for name, found in read.items()]
+    queries, leaked = split_queries(
+        [query for part in (records, *auxiliary) for query in part.queries],
+        dev_share=section.dev_share,
+        test_share=section.test_share,
+    )
+    queries = [
+        query
+        for split in SPLITS
+        for name in ("", *section.auxiliary)
+        for query in _capped([q for q in queries if (q.split, q.dataset) == (split, name)], section, split)
+    ]
+    documents = _documents([doc for part in (records, *auxiliary) for doc in part.documents], queries, section.max_documents)
     kept = {document.id for document in documents}
     queries = [replace(query, negatives=tuple(doc for doc in query.negatives if doc in kept)) for query in queries]
-    _write(draft.path, documents, queries, section.name or section.source.kind)
+    _write(draft.path, documents, queries, section.called)
     draft.meta |= _counts(documents, queries) | dict(records.counts) | made
+    draft.meta |= {name: count for part in auxiliary for name, count in part.counts.items()}
     draft.meta |= {"skipped": len(problems), "queries_on_two_sides": leaked}
     logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))
     for split in SPLITS:
@@ -137,7 +169,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
             logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
 
 
-PREPARE = Stage("data", "data", 3, prepare)
+PREPARE = Stage("data", "data", 4, prepare)
 
 
 def check_records(records: Records) -> None:
@@ -177,6 +209,40 @@ def _settle(problems: Problems, on_bad_record: str, draft: Draft) -> None:
     rows = "".join(json.dumps(asdict(problem)) + "\n" for problem in problems.found)
     (logs / "skipped.jsonl").write_text(rows, encoding="utf-8")
     logger.warning("data: %d bad records skipped (%s); each is listed in logs/skipped.jsonl", len(problems), causes)
+
+
+def _auxiliary(name: str, records: Records, never: set[str]) -> Records:
+    """The train queries of an auxiliary source and its documents, under names of their own; less the documents that read so.
+
+    Raises:
+        DataError: it has no train query.
+    """
+    documents = [
+        replace(
+            document,
+            id=f"{name}:{document.id}",
+            parent=f"{name}:{document.parent}" if document.parent else "",
+            searchable=False,
+            held_out=False,
+            dataset=name,
+        )
+        for document in records.documents
+        if not document.held_out and normalise(document.content) not in never
+    ]
+    there = {document.id for document in documents}
+    queries = []
+    for query in records.queries:
+        positives = {f"{name}:{doc}": grade for doc, grade in query.positives.items() if f"{name}:{doc}" in there}
+        if query.split in (None, "train") and positives:
+            negatives = tuple(f"{name}:{doc}" for doc in query.negatives if f"{name}:{doc}" in there)
+            marks = {"id": f"{name}:{query.id}", "split": "train", "dataset": name}
+            queries.append(replace(query, positives=positives, negatives=negatives, **marks))
+    if not queries:
+        raise DataError(
+            f"data.auxiliary.{name}: expected train queries to learn from, got none among {len(records.queries)} queries; "
+            "auxiliary data sets are only trained on"
+        )
+    return Records(documents, queries, {f"documents_{name}": len(documents), f"queries_train_{name}": len(queries)})
 
 
 def _with_queries(records: Records, section: DataConfig) -> tuple[Records, dict[str, int]]:
@@ -251,11 +317,11 @@ def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query], 
         "documents": {
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("id", "text", "title")},
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.bool_()) for name in ("searchable", "held_out")},
-            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("parent", "section")},
+            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("parent", "section", "dataset")},
         },
         "queries": {
             name: pa.array([getattr(query, name) for query in queries], pa.string())
-            for name in ("id", "text", "split", "instruction")
+            for name in ("id", "text", "split", "instruction", "dataset")
         },
         "qrels": {
             "query_id": pa.array([row[0] for row in qrels], pa.string()),
@@ -381,7 +447,7 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
                 negatives=tuple(data.document(doc).content for doc in scores),
                 scores=tuple(known) if known and len(known) == len(scores) else None,
                 instruction=query.instruction,
-                dataset=data.name,
+                dataset=query.dataset or data.name,
             )
         )
     return examples

@@ -52,20 +52,23 @@ def set_aside(examples: Sequence[Example], count: int, seed: int) -> tuple[list[
 
 def reciprocal_rank(encoder: Encoder, examples: Sequence[Example], *, batch_tokens: int) -> float:
     """Mean over queries of 1 / rank of the first positive among all positives and negatives of these examples (MRR)."""
-    texts = {
-        identifier: text
+    passages = {
+        identifier: (text, example.dataset)
         for example in examples
         for identifier, text in zip(
             (*example.positive_ids, *example.negative_ids), (*example.positives, *example.negatives), strict=True
         )
     }
-    column = {identifier: place for place, identifier in enumerate(texts)}
-    dataset = examples[0].dataset
-    instructions = [example.instruction for example in examples]
+    column = {identifier: place for place, identifier in enumerate(passages)}
     queries = encoder.encode(
-        [e.query for e in examples], prompt="query", dataset=dataset, instructions=instructions, batch_tokens=batch_tokens
+        [e.query for e in examples],
+        prompt="query",
+        dataset=[e.dataset for e in examples],
+        instructions=[e.instruction for e in examples],
+        batch_tokens=batch_tokens,
     )
-    documents = encoder.encode(list(texts.values()), prompt="document", dataset=dataset, batch_tokens=batch_tokens)
+    texts, datasets = zip(*passages.values(), strict=True)
+    documents = encoder.encode(texts, prompt="document", dataset=datasets, batch_tokens=batch_tokens)
     scores = queries @ documents.T
     best = np.array([row[[column[i] for i in e.positive_ids]].max() for row, e in zip(scores, examples, strict=True)])
     return float((1 / (1 + (scores > best[:, None]).sum(1))).mean())

@@ -200,7 +200,12 @@ class Encoder:
     # Texts -> tokens
 
     def tokenise(
-        self, texts: Sequence[str], role: Role, *, dataset: str = "", instructions: Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        role: Role,
+        *,
+        dataset: str | Sequence[str] = "",
+        instructions: Sequence[str] | None = None,
     ) -> list[TokenRow]:
         """Prompt + text + suffix as token rows, the text cut at `max_tokens` (see `ullme.prompts`)."""
         return self.prompts.tokenise(texts, role, dataset=dataset, instructions=instructions)
@@ -288,29 +293,32 @@ class Encoder:
         texts: Sequence[str],
         *,
         prompt: Role = "query",
-        dataset: str = "",
+        dataset: str | Sequence[str] = "",
         instructions: Sequence[str] | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Texts -> float32 [N D], unit norm, in the order given. `torch.from_numpy` of it costs nothing.
 
-        dataset: whose templates are taken, where the configuration has several; instructions: one per text, empty = the
-        configured one; batch_tokens: tokens per forward pass (None: what suits the device), halved where memory does not suffice;
-        progress: show a bar.
+        dataset: whose templates are taken, where the configuration has several: of all texts, or of each; instructions: one
+        per text, empty = the configured one; batch_tokens: tokens per forward pass (None: what suits the device), halved where
+        memory does not suffice; progress: show a bar.
 
         Raises:
             NotFinite: a vector is NaN or infinite; names the texts' places.
         """
         if isinstance(texts, str):
             raise ContractError("encode: expected a list of texts, got one string; write encode([text])")
-        if instructions is not None and len(instructions) != len(texts):
-            raise ContractError(f"instructions: expected one per text ({len(texts)}), got {len(instructions)}")
-        items = list(zip(texts, instructions or [""] * len(texts), strict=True))
+        said = [""] * len(texts) if instructions is None else instructions
+        datasets = [dataset] * len(texts) if isinstance(dataset, str) else dataset
+        for name, each in (("instructions", said), ("dataset", datasets)):
+            if len(each) != len(texts):
+                raise ContractError(f"{name}: expected one per text ({len(texts)}), got {len(each)}")
+        items = list(zip(texts, datasets, said, strict=True))
 
-        def tokenise(items: Sequence[tuple[str, str]]) -> list[TokenRow]:
-            asked, said = [text for text, _ in items], [instruction for _, instruction in items]
-            return self.tokenise(asked, prompt, dataset=dataset, instructions=said)
+        def tokenise(items: Sequence[tuple[str, str, str]]) -> list[TokenRow]:
+            asked, own, words = ([item[place] for item in items] for place in range(3))
+            return self.tokenise(asked, prompt, dataset=own, instructions=words)
 
         vectors = np.empty((len(items), self.dim), dtype=np.float32)
         with self._evaluating(), Progress(len(items), "encode", unit="text") if progress else nullcontext() as bar:

@@ -40,7 +40,8 @@ class TrainBatch:
     """Token rows of one optimisation step.
 
     candidates: Int[Q K], positions in `documents`: column 0 the target, then hard negatives, -1 where there are fewer.
-    known: Bool[Q C], True where document c is a positive of query q but not its target.
+    known: Bool[Q C], True where document c is a positive of query q but not its target. own_only: Bool[Q], True where other
+    queries' passages are no negatives of query q; None: nowhere. dataset: that of all queries, where a phase has several.
     scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
     them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
     alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
@@ -53,6 +54,8 @@ class TrainBatch:
     documents: Sequence[TokenRow]
     candidates: np.ndarray
     known: np.ndarray
+    own_only: np.ndarray | None = None
+    dataset: str = ""
     scored: Sequence[int] = ()
     prompts: Sequence[Sequence[int]] = ()
     passages: Sequence[Sequence[Sequence[int]]] = ()
@@ -68,13 +71,15 @@ class TrainBatch:
 class Representations:
     """Unit-norm embeddings of a batch and who belongs to whom.
 
-    learned: log(1 / temperature) of each temperature that is trained, by name (see `Objective.learned`).
+    own_only: the queries for which other queries' passages are no negatives; None: there are none. learned: log(1 / temperature)
+    of each temperature that is trained, by name (see `Objective.learned`).
     """
 
     queries: Float[Tensor, "Q D"]
     documents: Float[Tensor, "C D"]
     candidates: Int[Tensor, "Q K"]
     known: Bool[Tensor, "Q C"]
+    own_only: Bool[Tensor, " Q"] | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     guide_queries: Float[Tensor, "Q G"] | None = None
     guide_documents: Float[Tensor, "C G"] | None = None
@@ -94,6 +99,13 @@ class Representations:
     def target(self) -> Int[Tensor, " Q"]:
         """Position of each query's positive."""
         return self.candidates[:, 0]
+
+    @property
+    def excluded(self) -> Bool[Tensor, "Q C"]:
+        """Passages that no sum over the batch has for a query: its other positives, and all but its own candidates where
+        `own_only` says so.
+        """
+        return self.known if self.own_only is None else self.known | (self.own_only.unsqueeze(1) & ~self.own)
 
     @property
     def own(self) -> Bool[Tensor, "Q C"]:
@@ -197,6 +209,7 @@ def step(
         cached[len(batch.queries) :],
         torch.as_tensor(batch.candidates, device=device),
         torch.as_tensor(batch.known, device=device),
+        None if batch.own_only is None or not batch.own_only.any() else torch.as_tensor(batch.own_only, device=device),
         learned or {},
         *(None if of is None else torch.as_tensor(of, device=device) for of in (batch.guide_queries, batch.guide_documents)),
     )
@@ -339,7 +352,7 @@ def _health(representations: Representations) -> dict[str, float]:
     """Scores and accuracy within the batch, and alignment and uniformity (arXiv 2005.10242, eq. 1 and 2, at their exponent 2)."""
     similarity = representations.queries @ representations.documents.T
     positive = similarity.gather(1, representations.target.unsqueeze(1)).squeeze(1)
-    others = similarity.masked_fill(representations.known, float("-inf"))
+    others = similarity.masked_fill(representations.excluded, float("-inf"))
     others.scatter_(1, representations.target.unsqueeze(1), float("-inf"))
     negative = others.amax(1)
     reachable = torch.isfinite(negative)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ullme.artifacts import digest_of, sha256_file, sync
+from ullme.artifacts import sync
 from ullme.backbone import MODEL_FILES
 from ullme.components import Section
 from ullme.data import Example
 from ullme.errors import ConfigError
 from ullme.progress import Progress
+from ullme.records import digest_files
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
@@ -52,9 +53,10 @@ class GuideConfig(Section):
         folder = Path(self.model).expanduser()
         inside = (file for file in folder.rglob("*") if file.suffix in MODEL_FILES and file.is_file())
         files = {file.relative_to(folder).as_posix(): file for file in inside}
-        if not files:
+        visible = [(name, file) for name, file in sorted(files.items()) if not name.startswith(".")]
+        if not visible:
             raise ConfigError(f"guide.model: expected a folder of an embedding model, got '{self.model}', which is none")
-        found = digest_of([[name, sha256_file(file)] for name, file in sorted(files.items()) if not name.startswith(".")])
+        found = digest_files(visible)
         if self.source_digest not in ("", found):
             raise ConfigError(
                 f"guide.model: expected contents {self.source_digest[:12]} in '{self.model}', got {found[:12]}; bring the old "
@@ -73,11 +75,6 @@ class Guide:
         self._queries, self._documents = tables["queries"], tables["documents"]
         self._asked = {key: row for row, key in enumerate(asked)}
         self._texts = {text: row for row, text in enumerate(texts)}
-
-    @property
-    def dim(self) -> int:
-        """Length of its vectors, G."""
-        return self._queries.shape[1]
 
     def queries(self, examples: Sequence[Example]) -> np.ndarray:
         """Float32[Q G] of the queries of these examples."""
@@ -148,28 +145,31 @@ def _encoded(encoder: Encoder, examples: Sequence[Example], *, batch_tokens: int
     asked, texts = _distinct(examples)
     queries = np.empty((len(asked), encoder.dim), dtype=np.float32)
     documents = np.empty((len(texts), encoder.dim), dtype=np.float32)
-    dataset = examples[0].dataset
     with Progress(len(asked) + len(texts), "encode with the guide", unit="text") as progress:
         for start in range(0, len(asked), AT_ONCE):
-            part = asked[start : start + AT_ONCE]
+            part = list(asked)[start : start + AT_ONCE]
             queries[start : start + AT_ONCE] = encoder.encode(
                 [query for query, _ in part],
                 prompt="query",
-                dataset=dataset,
+                dataset=[asked[key] for key in part],
                 instructions=[instruction for _, instruction in part],
                 batch_tokens=batch_tokens,
             )
             progress.advance(len(part))
         for start in range(0, len(texts), AT_ONCE):
-            part = texts[start : start + AT_ONCE]
-            vectors = encoder.encode(part, prompt="document", dataset=dataset, batch_tokens=batch_tokens)
+            part = list(texts)[start : start + AT_ONCE]
+            vectors = encoder.encode(part, prompt="document", dataset=[texts[text] for text in part], batch_tokens=batch_tokens)
             documents[start : start + AT_ONCE] = vectors
             progress.advance(len(part))
     return {"queries": queries, "documents": documents}
 
 
-def _distinct(examples: Sequence[Example]) -> tuple[list[Asked], list[str]]:
-    """Each query (with its instruction) and each passage once."""
-    asked = dict.fromkeys((example.query, example.instruction) for example in examples)
-    texts = dict.fromkeys(text for example in examples for text in (*example.positives, *example.negatives))
-    return list(asked), list(texts)
+def _distinct(examples: Sequence[Example]) -> tuple[dict[Asked, str], dict[str, str]]:
+    """Each query (with its instruction) and each passage once, with the data set that brings it first."""
+    asked: dict[Asked, str] = {}
+    texts: dict[str, str] = {}
+    for example in examples:
+        asked.setdefault((example.query, example.instruction), example.dataset)
+        for text in (*example.positives, *example.negatives):
+            texts.setdefault(text, example.dataset)
+    return asked, texts

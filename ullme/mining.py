@@ -3,8 +3,9 @@
     negatives.parquet   query_id, doc_ids: list<string>, scores: list<float32>; what the source gave first, then best first
     report.json         counts, what was excluded, shortfalls, the teacher's nDCG@10, a histogram, 20 rows to look at
 
-Candidates are the documents of train queries and those that no query has judged. What a dev or test query is answered by
-is never a negative (`pool: train_only`): a model must not be measured on passages it was pushed away from.
+Candidates are the documents of train queries and those that no query has judged; an auxiliary data set's queries have those
+of their own data set. What a dev or test query is answered by is never a negative (`pool: train_only`): a model must not be
+measured on passages it was pushed away from.
 
 A kind of miner is one file in `ullme/miners/`: usually a `RankingMiner` that says which ranker it uses and which
 candidates it keeps; anything else implements `Miner.select`.
@@ -25,7 +26,7 @@ from pydantic import Field, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage
 from ullme.components import Component, Section, component, resolve
-from ullme.data import Dataset, Document
+from ullme.data import Dataset, Document, Query
 from ullme.errors import ContractError, DataError
 from ullme.lexical import LexicalConfig
 from ullme.neighbours import MISSING_ROW
@@ -220,27 +221,36 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
         raise DataError("mine: the data set has no train query; look at the data stage's counts")
     documents = _pool(data) if section.pool == "train_only" else data.documents()
     vectors = model_vectors(inputs, data, batch_tokens=section.runtime.batch_tokens) if "model" in inputs else None
-    context = MiningContext(queries, documents, draft.seed, vectors)
-    teachers = _teachers(section, context)
-    given, taken, dropped = _given(context, section.miner)
-    selection = section.miner.select(context, taken)
-    suspected = selection.passed_over.pop(ABOVE_POSITIVE, 0)
-    rows = [own + mined for own, mined in zip(given, selection.chosen, strict=True)]
-    _write(draft, context, rows)
-    missing = [section.miner.wanted - len(mined) for mined in selection.chosen]
-    mined_scores = np.array([score for mined in selection.chosen for _, score in mined], dtype=np.float64)
+    parts = []
+    for name in dict.fromkeys(query.dataset for query in queries):
+        asked, pool = ([one for one in several if one.dataset == name] for several in (queries, documents))
+        parts.append(_mined(section, MiningContext(asked, pool, draft.seed, vectors), name))
+    queries = [query for part in parts for query in part.context.queries]
+    passed_over = sum((part.selection.passed_over for part in parts), Counter[str]())
+    dropped = sum((part.dropped for part in parts), Counter[str]())
+    teachers = {name: found for part in parts for name, found in part.teachers.items()}
+    suspected = passed_over.pop(ABOVE_POSITIVE, 0)
+    chosen = [mined for part in parts for mined in part.selection.chosen]
+    rows = [row for part in parts for row in part.named()]
+    _write(draft, queries, rows)
+    missing = [section.miner.wanted - len(mined) for mined in chosen]
+    mined_scores = np.array([score for mined in chosen for _, score in mined], dtype=np.float64)
     counts, edges = np.histogram(mined_scores, bins=20) if len(mined_scores) else (np.zeros(0, int), np.zeros(0))
     report = {
         "miner": section.miner.model_dump(mode="json", serialize_as_any=True),
         "queries": len(queries),
         "pool": {"rule": section.pool, "documents": len(documents), "left_out": len(data.documents()) - len(documents)},
-        "negatives": {"mined": len(mined_scores), "from_source": sum(map(len, given)), "source_dropped": dict(dropped)},
-        "passed_over": dict(selection.passed_over),
+        "negatives": {
+            "mined": len(mined_scores),
+            "from_source": sum(map(len, rows)) - len(mined_scores),
+            "source_dropped": dict(dropped),
+        },
+        "passed_over": dict(passed_over),
         "suspected_false_negatives": suspected,
         "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
         "teachers": teachers,
         "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
-        "samples": _samples(data, context, rows),
+        "samples": _samples(data, queries, rows, draft.seed),
     }
     (draft.path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     short = report["shortfall"]
@@ -256,6 +266,31 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
             "mine: %d of %d queries got fewer than %d negatives (%d missing in all); they stay short",
             *(short["queries"], len(queries), short["wanted"], short["negatives"]),
         )
+
+
+@dataclass(frozen=True)
+class _Mined:
+    """What was found for the queries of one data set, each row with its score: `given` by the source, and selected."""
+
+    context: MiningContext
+    given: list[list[tuple[int, float]]]
+    selection: Selection
+    dropped: Counter[str]
+    teachers: dict[str, dict[str, Any]]
+
+    def named(self) -> list[list[tuple[str, float]]]:
+        """Per query: (document id, score), the source's own first."""
+        names = [document.id for document in self.context.documents]
+        both = zip(self.given, self.selection.chosen, strict=True)
+        return [[(names[row], score) for row, score in (*own, *mined)] for own, mined in both]
+
+
+def _mined(section: MiningConfig, context: MiningContext, dataset: str) -> _Mined:
+    """Mine for the queries of one data set among its documents. dataset: an auxiliary one's name; empty = the run's own."""
+    found = _teachers(section, context, dataset)
+    teachers = {f"{name}_{dataset}" if dataset else name: teacher for name, teacher in found.items()}
+    given, taken, dropped = _given(context, section.miner)
+    return _Mined(context, given, section.miner.select(context, taken), dropped, teachers)
 
 
 def mining_space(section: MiningConfig, inputs: Inputs) -> int:
@@ -283,7 +318,7 @@ def _pool(data: Dataset) -> list[Document]:
     return pool
 
 
-def _teachers(section: MiningConfig, context: MiningContext) -> dict[str, dict[str, Any]]:
+def _teachers(section: MiningConfig, context: MiningContext, dataset: str) -> dict[str, dict[str, Any]]:
     """nDCG@10 of each teacher over the pool, on the same sample of train queries, BM25 always among them."""
     rankers: list[Ranker] = section.miner.rankers(context)
     if all(ranker.name != "bm25" for ranker in rankers):
@@ -292,7 +327,7 @@ def _teachers(section: MiningConfig, context: MiningContext) -> dict[str, dict[s
     sample = np.sort(np.random.default_rng([context.seed, 2]).choice(len(context.queries), count, replace=False)).tolist()
     scores = {ranker.name: round(_ndcg_at_10(ranker, context, sample), 5) for ranker in rankers}
     shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    logger.info("mine: nDCG@10 of the teacher on %d train queries: %s", count, shown)
+    logger.info("mine: nDCG@10 of the teacher on %d train queries%s: %s", count, f" of {dataset}" if dataset else "", shown)
     for name, score in scores.items():
         if name != "bm25" and score < scores["bm25"]:
             logger.warning(
@@ -344,30 +379,32 @@ def _given(context: MiningContext, miner: Miner) -> tuple[list[list[tuple[int, f
     return given, taken, dropped
 
 
-def _write(draft: Draft, context: MiningContext, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
+def _write(draft: Draft, queries: Sequence[Query], rows: Sequence[Sequence[tuple[str, float]]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table(
         {
-            "query_id": pa.array([query.id for query in context.queries], pa.string()),
-            "doc_ids": pa.array([[context.documents[row].id for row, _ in chosen] for chosen in rows], pa.list_(pa.string())),
+            "query_id": pa.array([query.id for query in queries], pa.string()),
+            "doc_ids": pa.array([[name for name, _ in chosen] for chosen in rows], pa.list_(pa.string())),
             "scores": pa.array([[score for _, score in chosen] for chosen in rows], pa.list_(pa.float32())),
         }
     )
     pq.write_table(table, draft.path / "negatives.parquet", compression="zstd")
 
 
-def _samples(data: Dataset, context: MiningContext, rows: Sequence[Sequence[tuple[int, float]]]) -> list[dict[str, Any]]:
+def _samples(
+    data: Dataset, queries: Sequence[Query], rows: Sequence[Sequence[tuple[str, float]]], seed: int
+) -> list[dict[str, Any]]:
     """A few rows with their texts, for people."""
     count = min(SHOWN_ROWS, len(rows))
-    shown = np.sort(np.random.default_rng([context.seed, 3]).choice(len(rows), count, replace=False)).tolist()
+    shown = np.sort(np.random.default_rng([seed, 3]).choice(len(rows), count, replace=False)).tolist()
     samples = []
     for number in shown:
-        query = context.queries[number]
+        query = queries[number]
         negatives = [
-            {"id": context.documents[row].id, "score": round(score, 5), "text": context.documents[row].content[:SHOWN_CHARACTERS]}
-            for row, score in rows[number]
+            {"id": name, "score": round(score, 5), "text": data.document(name).content[:SHOWN_CHARACTERS]}
+            for name, score in rows[number]
         ]
         positives = [{"id": name, "text": data.document(name).content[:SHOWN_CHARACTERS]} for name in query.positives]
         samples.append({"query_id": query.id, "query": query.text, "positives": positives, "negatives": negatives})

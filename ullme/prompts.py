@@ -102,20 +102,28 @@ class Prompts:
             self._frame(role, name)
 
     def tokenise(
-        self, texts: Sequence[str], role: Role, *, dataset: str = "", instructions: Sequence[str] | None = None
+        self,
+        texts: Sequence[str],
+        role: Role,
+        *,
+        dataset: str | Sequence[str] = "",
+        instructions: Sequence[str] | None = None,
     ) -> list[TokenRow]:
         """Prompt + text + suffix as token rows of at most `max_tokens`; `lost` counts the text's tokens that were cut off.
 
-        instructions: one per text, empty = the configured one.
+        dataset: of all texts, or of each; instructions: one per text, empty = the configured one.
 
         Raises:
-            ContractError: not as many instructions as texts.
+            ContractError: not as many instructions, or data sets, as texts.
         """
-        if instructions is None or not any(instructions):
-            return self._rows(texts, [self._frame(role, dataset)] * len(texts))
-        if len(instructions) != len(texts):
-            raise ContractError(f"instructions: expected one per text ({len(texts)}), got {len(instructions)}")
-        return self._rows(texts, [self._frame(role, dataset, said) for said in instructions])
+        datasets = [dataset] * len(texts) if isinstance(dataset, str) else dataset
+        said = instructions or [""] * len(texts)
+        for name, each in (("instructions", said), ("dataset", datasets)):
+            if len(each) != len(texts):
+                raise ContractError(f"{name}: expected one per text ({len(texts)}), got {len(each)}")
+        places = list(zip(datasets, said, strict=True))
+        frames = {place: self._frame(role, *place) for place in set(places)}
+        return self._rows(texts, [frames[place] for place in places])
 
     def before(self, role: Role, *, dataset: str = "", instruction: str = "") -> str:
         """The string that stands before a text."""

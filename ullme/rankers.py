@@ -6,8 +6,8 @@ import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from ullme.errors import ConfigError, ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
 from ullme.neighbours import ExactSearcher, Neighbours
 from ullme.records import normalise
+
+if TYPE_CHECKING:
+    from ullme.encoder import Encoder
 
 __all__ = ["LexicalRanker", "MiningContext", "Ranker", "VectorRanker", "model_vectors"]
 
@@ -145,11 +148,16 @@ def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callab
         ContractError: the embeddings are of another model.
     """
 
-    def vectors(context: MiningContext) -> VectorRanker:
+    @cache
+    def loaded() -> Encoder:
         from ullme.encoder import Encoder
+
+        return Encoder.load(inputs["model"])
+
+    def vectors(context: MiningContext) -> VectorRanker:
         from ullme.encoding import open_embeddings
 
-        encoder = Encoder.load(inputs["model"])
+        encoder = loaded()
         documents = np.zeros((len(context.documents), encoder.dim), dtype=np.float16)
         missing = dict(context.row_of)
         if "embeddings" in inputs:
@@ -166,14 +174,17 @@ def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callab
                     documents[rows] = block[positions]
         if missing:
             logger.info("mine: encoding %d documents of the pool", len(missing))
-            texts = [data.document(name).content for name in missing]
+            here = [data.document(name) for name in missing]
             documents[list(missing.values())] = encoder.encode(
-                texts, prompt="document", dataset=data.name, batch_tokens=batch_tokens
+                [document.content for document in here],
+                prompt="document",
+                dataset=[document.dataset or data.name for document in here],
+                batch_tokens=batch_tokens,
             )
         queries = encoder.encode(
             [query.text for query in context.queries],
             prompt="query",
-            dataset=data.name,
+            dataset=[query.dataset or data.name for query in context.queries],
             instructions=[query.instruction for query in context.queries],
             batch_tokens=batch_tokens,
         )

@@ -51,6 +51,7 @@ class Document:
     held_out: never shown in training, not even as a negative: it belongs to what the model is tested on.
     parent: id of the document that this passage was cut from; empty = it was not cut, it is the document.
     section: where in the parent it stands, such as `Install > On Linux`; shown to people, never embedded.
+    dataset: the auxiliary data set it belongs to; empty = the run's own.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Document:
     held_out: bool = False
     parent: str = ""
     section: str = ""
+    dataset: str = ""
 
     @property
     def content(self) -> str:
@@ -75,6 +77,7 @@ class Query:
     positives: document id -> grade (> 0). negatives: ids of documents that the source calls wrong answers.
     instruction: what this query asks for, where the source says so; empty = the model's own query prompt.
     group: queries of one group stay on one side of the split; empty = the canonical form of the text (`ullme.splits`).
+    dataset: the auxiliary data set it belongs to; empty = the run's own.
     """
 
     id: str
@@ -84,6 +87,7 @@ class Query:
     negatives: tuple[str, ...] = ()
     instruction: str = ""
     group: str = ""
+    dataset: str = ""
 
 
 @dataclass(frozen=True)

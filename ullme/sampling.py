@@ -14,6 +14,7 @@ import numpy as np
 
 from ullme.data import Example
 from ullme.errors import DataError
+from ullme.mixture import Mixture
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
@@ -56,21 +57,23 @@ class Sampler:
     def __post_init__(self) -> None:
         if len(self.examples) < 2:
             raise DataError(f"training: expected at least 2 examples, got {len(self.examples)}; look at the data stage's counts")
+        assert self.mixture.places  # refuses names of data sets that are not there
 
     @cached_property
-    def batch_size(self) -> int:
-        """Queries per step: as configured, or all the examples there are."""
-        return min(self.phase.batch_size, len(self.examples))
+    def mixture(self) -> Mixture:
+        """Which data set each query comes from."""
+        return Mixture(self.examples, self.phase.mixture, self.phase.batch_size, self.phase.steps)
 
     def positions(self, step: int) -> list[int]:
-        """Examples of a step. Epochs are permutations laid end to end, so no example is left over."""
-        start = step * self.batch_size
-        chosen: list[int] = []
-        while len(chosen) < self.batch_size:
-            epoch, offset = divmod(start + len(chosen), len(self.examples))
-            order = np.random.default_rng([self.seed, self.phase_index, epoch]).permutation(len(self.examples))
-            fresh = [int(p) for p in order[offset : offset + self.batch_size - len(chosen)]]
-            chosen.extend(fresh)
+        """Examples of a step. Of each data set, epochs are permutations laid end to end, so that no example is left over."""
+        orders: dict[tuple[str, int], np.ndarray] = {}
+        chosen = []
+        for name, number in self.mixture.drawn(step):
+            places = self.mixture.places[name]
+            epoch, offset = divmod(number, len(places))
+            if (name, epoch) not in orders:
+                orders[name, epoch] = np.random.default_rng([self.seed, self.phase_index, epoch]).permutation(len(places))
+            chosen.append(places[orders[name, epoch][offset]])
         return chosen
 
     def draw(self, step: int) -> list[tuple[Example, int, list[int]]]:
@@ -86,9 +89,9 @@ class Sampler:
 
     def scored(self, step: int) -> list[int]:
         """Queries of a step (positions in the batch) whose candidates the language model scores."""
-        count = min(self.phase.generation.queries or self.batch_size, self.batch_size)
+        size = self.mixture.size(step)
         random = np.random.default_rng([self.seed, self.phase_index, step, 2])
-        return sorted(int(p) for p in random.choice(self.batch_size, count, replace=False))
+        return sorted(int(p) for p in random.choice(size, min(self.phase.generation.queries or size, size), replace=False))
 
     def asked(self, step: int) -> list[Asked]:
         """The scored queries of a step, with their candidates."""
@@ -107,12 +110,14 @@ class Sampler:
         drawn = self.draw(step)
         column: dict[str, int] = {}
         texts: list[str] = []
+        datasets: list[str] = []
         candidates = np.full((len(drawn), 1 + self.phase.num_negatives), -1, dtype=np.int64)
         for row, entry in enumerate(drawn):
             for place, (identifier, text) in enumerate(_candidates(*entry)):
                 if identifier not in column:
                     column[identifier] = len(texts)
                     texts.append(text)
+                    datasets.append(entry[0].dataset)
                 candidates[row, place] = column[identifier]
         known = np.zeros((len(drawn), len(texts)), dtype=bool)
         for row, (example, _, _) in enumerate(drawn):
@@ -126,18 +131,20 @@ class Sampler:
         if self.guide is not None:
             guided["guide_queries"] = self.guide.queries([example for example, _, _ in drawn])
             guided["guide_documents"] = self.guide.documents(texts)
-        dataset = self.examples[0].dataset
+        asking = [example.dataset for example, _, _ in drawn]
         return TrainBatch(
             query_ids=[example.query_id for example, _, _ in drawn],
             queries=encoder.tokenise(
                 [example.query for example, _, _ in drawn],
                 "query",
-                dataset=dataset,
+                dataset=asking,
                 instructions=[example.instruction for example, _, _ in drawn],
             ),
-            documents=encoder.tokenise(texts, "document", dataset=dataset),
+            documents=encoder.tokenise(texts, "document", dataset=datasets),
             candidates=candidates,
             known=known,
+            own_only=np.array([not self.mixture.setting(name).in_batch for name in asking]),
+            dataset=asking[0] if len(self.mixture.places) > 1 and len(set(asking)) == 1 else "",
             **generation,
             **guided,
         )

@@ -26,6 +26,7 @@ from ullme.data import Example, read_examples
 from ullme.development import DevelopmentConfig, reciprocal_rank, set_aside
 from ullme.errors import LimitExceeded, NotFinite
 from ullme.guide import GuideConfig, guides
+from ullme.mixture import MixtureConfig
 from ullme.objectives import LEARNED_RANGE, Objective
 from ullme.progress import Progress
 from ullme.sampling import GenerationScore, Sampler
@@ -86,7 +87,7 @@ class PhaseConfig(Section):
     objective: Annotated[Objective, component("ullme.objectives")]
     steps: int = Field(ge=1)
     batch_size: int = Field(default=32, ge=2)
-    """Queries per optimisation step."""
+    """Queries per optimisation step. Each learns from one of its positives, drawn anew every time; the others are no negatives."""
     num_negatives: int = Field(default=1, ge=0)
     """Mined hard negatives beside each positive, drawn from those the miner kept."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -97,6 +98,8 @@ class PhaseConfig(Section):
     adapter: Literal["continue", "merge_then_new", "new"] = "continue"
     """With what adapter the phase begins, after another: the same; a new one, the former folded into the weights (as LLM2Vec does,
     arXiv 2404.05961, section 2); or a new one, the former dropped."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Which data sets it learns from, and how much from each."""
     generation: GenerationConfig = GenerationConfig()
     guide: GuideConfig | None = None
     """An embedding model that is not trained: what `contrastive.guided` and `distill` compare with."""
@@ -237,7 +240,9 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     for phase, step in loop.positions():
         if phase not in samplers:
             loop.begin(phase)
-            samplers = {phase: loop.taught(Sampler(examples, section.phases[phase], draft.seed, phase, guide=guide.get(phase)))}
+            sampler = Sampler(examples, section.phases[phase], draft.seed, phase, guide=guide.get(phase))
+            logger.info("phase %d of %d: %s", phase + 1, len(section.phases), sampler.mixture.said())
+            samplers = {phase: loop.taught(sampler)}
         loop.advance(samplers[phase], phase, step)
     loop.finish()
     encoder.model.eval()
@@ -456,6 +461,7 @@ class Loop:
             "phase": phase,
             "loss": report.loss,
             **{f"loss/{name}": value for name, value in report.terms.items()},
+            **({f"loss/{name}/{batch.dataset}": value for name, value in report.terms.items()} if batch.dataset else {}),
             **report.health,
             **temperatures,
             "gradient_norm": norm,
@@ -638,15 +644,14 @@ def _peak_memory_gb() -> float:
 def _scores(encoder: Encoder, examples: Sequence[Example], runtime: TrainRuntime) -> dict[str, list[float]]:
     """Cosine of each example's query with its first positive and its first negatives: what a plot shows before and after."""
 
-    dataset, batch_tokens = examples[0].dataset, runtime.chunk_tokens
+    def encode(texts: Sequence[str], role: Role, datasets: Sequence[str], instructions: Sequence[str] | None = None) -> np.ndarray:
+        return encoder.encode(texts, prompt=role, dataset=datasets, instructions=instructions, batch_tokens=runtime.chunk_tokens)
 
-    def encode(texts: Sequence[str], role: Role, instructions: Sequence[str] | None = None) -> np.ndarray:
-        return encoder.encode(texts, prompt=role, dataset=dataset, instructions=instructions, batch_tokens=batch_tokens)
-
-    queries = encode([example.query for example in examples], "query", [example.instruction for example in examples])
-    positives = encode([example.positives[0] for example in examples], "document")
+    datasets = [example.dataset for example in examples]
+    queries = encode([e.query for e in examples], "query", datasets, [e.instruction for e in examples])
+    positives = encode([example.positives[0] for example in examples], "document", datasets)
     pairs = [(row, text) for row, example in enumerate(examples) for text in example.negatives[:1]]
-    negatives = encode([text for _, text in pairs], "document")
+    negatives = encode([text for _, text in pairs], "document", [datasets[row] for row, _ in pairs])
     return {
         "positive": [float(value) for value in (queries * positives).sum(1)],
         "negative": [float(queries[row] @ vector) for (row, _), vector in zip(pairs, negatives, strict=True)],

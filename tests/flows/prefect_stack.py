@@ -97,11 +97,11 @@ class PrefectStack:
 
     def engine(self, run_id: str) -> psutil.Process:
         """The process of a flow run that a worker launched."""
-        return until(lambda: self._of_run(run_id, "prefect.engine"), timeout=60, message=lambda: self.log("worker"))
+        return until(lambda: self._of_run(run_id, "prefect.engine"), timeout=180, message=lambda: self._situation(run_id))
 
     def stage(self, run_id: str) -> psutil.Process:
         """The process of the stage that a flow run is at."""
-        return until(lambda: self._of_run(run_id, "flows.stage"), timeout=120, message=lambda: self.log("worker"))
+        return until(lambda: self._of_run(run_id, "flows.stage"), timeout=180, message=lambda: self._situation(run_id))
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this stack that lives."""
@@ -191,7 +191,7 @@ class PrefectStack:
             run = self.run(run_id)
             return run if {run["state"]["type"], run["state"]["name"]} & set(states or FINAL) else None
 
-        return until(reached, timeout=timeout, message=lambda: f"{self.run(run_id)['state']}\n{self.log('worker')[-3000:]}")
+        return until(reached, timeout=timeout, message=lambda: self._situation(run_id))
 
     def states(self, run_id: str) -> list[str]:
         """Names of the states that a run went through, in order."""
@@ -213,6 +213,10 @@ class PrefectStack:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     # Inside
+
+    def _situation(self, run_id: str) -> str:
+        """The states of a run, and the ends of the logs: what one looks at when nothing comes."""
+        return f"{self.states(run_id)}\nworker: {self.log('worker')[-3000:]}\nserver: {self.log('server')[-1500:]}"
 
     def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("wb") as log:

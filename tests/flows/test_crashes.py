@@ -141,12 +141,11 @@ def cases() -> list[tuple[str, str, float]]:
     return found
 
 
-def kill(stack: PrefectStack, target: str, run: str) -> None:
-    """kill -9."""
+def kill(stack: PrefectStack, target: str, engine: psutil.Process) -> None:
+    """kill -9. engine: the process of the flow run."""
     if target == "worker":
         stack.kill_worker()
         return
-    engine = stack.engine(run)
     victims: list[Callable[[], None]] = [engine.kill]
     stages = [child for child in engine.children(recursive=True) if "flows.stage" in child.cmdline()]
     if target == "stage":
@@ -163,13 +162,13 @@ def test_after_a_kill_the_next_start_ends_as_if_nothing_had_happened(phase: str,
     stack = scene.stack
     store = scene.store_before(phase, f"{phase}-{target}-{moment}")
     first = scene.start(store)
-    stack.engine(first)
+    engine = stack.engine(first)
     deadline = time.monotonic() + 120
     while not scene.at_work(store, phase):
         assert time.monotonic() < deadline, stack.log("worker")[-3000:]
         time.sleep(0.005)
     time.sleep(moment * scene.seconds[phase])
-    kill(stack, target, first)
+    kill(stack, target, engine)
 
     if target == "everything":
         stack.start_server()

@@ -19,10 +19,10 @@ __all__ = ["Contrastive"]
 class Contrastive(Objective):
     """L = mean over queries of -log exp(s(q,p+)/tau) / sum_p exp(s(q,p)/tau), s = cosine (arXiv 1807.03748, eq. 4).
 
-    The sum runs over every passage of the batch (`in_batch: true`) or over the query's own candidates; known positives of
-    the query other than its target never stand in it. `symmetric` averages with the same loss from passages to queries.
-    `all_pairs` adds the query's cosines with other queries, and its target's with all queries and with the passages of other
-    queries, to the one sum (GTE, arXiv 2308.03281, section 3.3).
+    The sum runs over every passage of the batch (`in_batch: true`, unless the query's data set has it false) or over the query's
+    own candidates; known positives of the query other than its target never stand in it. `symmetric` averages with the same
+    loss from passages to queries. `all_pairs` adds the query's cosines with other queries, and its target's with all queries
+    and with the passages of other queries, to the one sum (GTE, arXiv 2308.03281, section 3.3).
 
     learn_temperature: log(1 / tau) is a weight, too, starting at `temperature` (CLIP, arXiv 2103.00020; GEM, arXiv 2506.04344).
 
@@ -77,7 +77,7 @@ class Contrastive(Objective):
         temperature = torch.exp(-representations.learned["temperature"]) if self.learn_temperature else self.temperature
         rows = torch.arange(len(target), device=target.device)
         similarity = queries @ documents.T
-        ignored = representations.known if self.in_batch else ~representations.own | representations.known
+        ignored = representations.excluded if self.in_batch else ~representations.own | representations.known
         if self.false_negative_margin is not None:
             positive = similarity.detach()[rows, target].unsqueeze(1)
             ignored = ignored | (similarity.detach() > positive + self.false_negative_margin)
@@ -89,6 +89,10 @@ class Contrastive(Objective):
         same = target.unsqueeze(0) == target.unsqueeze(1)
         mirrored = representations.known[:, target].T | (same & (rows.unsqueeze(0) != rows.unsqueeze(1)))
         apart = representations.own | representations.known
+        if representations.own_only is not None:
+            alone = representations.own_only.unsqueeze(1)
+            same, apart = same | alone, apart | alone
+            mirrored = mirrored | (alone & (rows.unsqueeze(0) != rows.unsqueeze(1)))
         if self.guided:
             near = self._near(representations)
             ignored, same, mirrored, apart = (out | too for out, too in zip((ignored, same, mirrored, apart), near, strict=True))

@@ -59,7 +59,7 @@ class Distill(Objective):
             rows = sum(map(len, cosines))
             return {"distill": 1 - (cosines[0].sum() + cosines[1].sum()) / rows}
         scores, guided = representations.queries @ representations.documents.T, guide_queries @ guide_documents.T
-        present = ~representations.known
+        present = ~representations.excluded
         if not self.in_batch:
             own = representations.candidates.clamp_min(0)
             scores, guided, present = scores.gather(1, own), guided.gather(1, own), representations.candidates >= 0

@@ -82,7 +82,7 @@ class Grl(Objective):
         from ullme.losses import info_nce, kl_alignment
 
         similarity = representations.queries @ representations.documents.T
-        ignored = representations.known if self.in_batch else ~representations.own | representations.known
+        ignored = representations.excluded if self.in_batch else ~representations.own | representations.known
         terms: dict[str, Tensor] = {}
         if self.contrastive_weight > 0:
             loss = info_nce(similarity, representations.target, ignored, temperature=self.temperature).mean()
