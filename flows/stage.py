@@ -62,14 +62,15 @@ def data_space(section: DataConfig, inputs: Inputs) -> int | None:
     """
     del inputs
     bounds = []
-    values = [getattr(section.source, name) for name in type(section.source).model_fields]
+    sources = (section.source, *section.auxiliary.values())
+    values = [getattr(source, name) for source in sources for name in type(source).model_fields]
     paths = [path for value in values for path in (value if isinstance(value, tuple) else (value,)) if isinstance(path, Path)]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     if files:
         bounds.append(sum(file.stat().st_size for file in files))
     caps = [section.max_train_queries, section.max_dev_queries, section.max_test_queries]
     queries = sum(cap for cap in caps if cap is not None)
-    if section.max_documents is not None and None not in caps:
+    if section.max_documents is not None and None not in caps and not section.auxiliary:
         bounds.append(DOCUMENT_BYTES * (section.max_documents + queries) + QUERY_BYTES * queries)
     return min(bounds, default=None)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -100,6 +101,15 @@ class Processes:
         found: list[Any] = [make() if self.leads else None]
         dist.broadcast_object_list(found)
         return found[0]
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The block runs in the process that leads, then in the others."""
+        if self.count > 1 and not self.leads:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.leads:
+            dist.barrier()
 
 
 def current() -> Processes:
@@ -208,11 +218,15 @@ def run(count: int, function: Callable[..., Result], *arguments: Any) -> Result:
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
     said = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    found: list[tuple[int, bool, Any]] = []
+    found: list[_Said] = []
 
     def listen() -> None:
         while not said.empty():
-            found.append(said.get())
+            one = said.get()
+            if isinstance(one, _Said):
+                found.append(one)
+            else:
+                logger.log(one[0], "%s", one[1])
 
     with tempfile.TemporaryDirectory(prefix="ullme-processes-") as folder:
         work = start_processes(_work, (count, folder, said, function, arguments), nprocs=count, join=False, start_method="spawn")
@@ -222,20 +236,40 @@ def run(count: int, function: Callable[..., Result], *arguments: Any) -> Result:
                 listen()
         except (ProcessExitedException, ProcessRaisedException) as error:
             listen()
-            errors = [value for _, failed, value in found if failed]
+            errors = [one.value for one in found if one.failed]
             own = [value for value in errors if isinstance(value, UllmeError)]  # the others' connections broke because of it
             if own or errors:
                 raise (own or errors)[0] from None
             raise StageFailed("train", getattr(error, "exit_code", 1), [str(error)]) from None
         listen()
-    return next(value for rank, failed, value in found if not failed and rank == 0)
+    return next(one.value for one in found if not one.failed)
+
+
+class _Said(NamedTuple):
+    """How a process ended: with an error, or with the result, which only the first one tells."""
+
+    failed: bool
+    value: Any
+
+
+class _Told(logging.Handler):
+    """Log records as (level, text) for the process that waits."""
+
+    def __init__(self, said: Any) -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell it."""
+        self._said.put((record.levelno, self.format(record)))
 
 
 def _work(rank: int, count: int, folder: str, said: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Told(said)], force=True)
     if rank == 0:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("ullme").setLevel(logging.INFO)
     else:
-        logging.disable(logging.INFO)
+        logging.disable(logging.ERROR)  # they would say the same once more
     try:
         _choose_device(rank)
         if not torch.cuda.is_available():
@@ -243,9 +277,9 @@ def _work(rank: int, count: int, folder: str, said: Any, function: Callable[...,
         dist.init_process_group(_backend(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
         result = function(*arguments)
         if rank == 0:
-            said.put((rank, False, result))
+            said.put(_Said(failed=False, value=result))
     except Exception as error:
-        said.put((rank, True, error))
+        said.put(_Said(failed=True, value=error))
         raise
     finally:
         if dist.is_initialized():

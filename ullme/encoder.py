@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,16 +27,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ullme import folder
 from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, decoder_layers, hidden_states, is_encoder
 from ullme.backbone import PoolingKind
-from ullme.batches import Batch, TokenRow, collate
+from ullme.batches import PASS_TOKENS, Batch, TokenRow, collate
 from ullme.components import Section
 from ullme.engine import stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.latent import LatentAttention
 from ullme.lora import activate, speed_up, switched_off
-from ullme.losses import token_logprobs
+from ullme.losses import LogitHead, token_logprobs
 from ullme.pooling import pool
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
+from ullme.shared_prefix import continued_states, shares_prefix
 from ullme.varlen import HALF, fast_kernel, pack, packed_hidden_states, supports_packing, unpack
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 AdapterName = Literal["embedding", "generation"]
 Packing = Literal["plain", "float32_residual"]
 Pooler = LatentAttention | folder.ForeignPooling
+SHARED_FROM = 2 * PASS_TOKENS
+"""Tokens of prompts that are not computed again, from which a pass of their own pays."""
 PACK_FROM = 1024
 """Tokens; below it the proof that a model can be packed would cost more than packing saves."""
 
@@ -88,6 +91,7 @@ class Encoder:
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
+        self._proven_head: nn.Module | None = None
         self._reference: dict[str, Tensor] | None = None
         if config.dim is not None and config.dim > self.width:
             raise ConfigError(f"backbone.dim: expected at most {self.width}, the model's own length, got {config.dim}")
@@ -350,23 +354,63 @@ class Encoder:
         if len(self.adapters) > 1:
             activate(self.model, "generation")
         hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
-        scored = batch.pooled_mask[:, 1:]
-        rows = scored.nonzero()[:, 0]
-        logprobs = token_logprobs(hidden[:, :-1][scored], head, batch.input_ids[:, 1:][scored])
-        sums = torch.zeros(len(scored), dtype=logprobs.dtype, device=logprobs.device).index_add(0, rows, logprobs)
-        return sums, scored.sum(1)
+        return self._summed(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
+
+    def candidate_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+        """The same for the rows of several groups, one group after the other; the rows of a group share their prompt.
+
+        The prompts go through the model once per group where that saves more than it costs and gives the same.
+        """
+        flat = [row for group in rows for row in group]
+        saved = sum((len(group) - 1) * group[0].prompt for group in rows)
+        if saved < SHARED_FROM or not shares_prefix(self.model):
+            return self.sequence_logprobs(self.collate(flat))
+        head = self.head
+        if len(self.adapters) > 1:
+            activate(self.model, "generation")
+        conditions = self.collate([TokenRow(group[0].ids[: group[0].prompt]) for group in rows])
+        passages = self.collate([TokenRow(row.ids[row.prompt :]) for row in flat])
+        owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
+        hidden = continued_states(self.model, conditions, passages, owner)
+        return self._summed(hidden, passages.input_ids, passages.attention_mask, head)
+
+    @staticmethod
+    def _summed(
+        hidden: Float[Tensor, "B S D"], targets: Int[Tensor, "B S"], scored: Bool[Tensor, "B S"], head: nn.Module
+    ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
+        """Log-probabilities of the targets that are scored, each given the state beside it, summed per row."""
+        logprobs = token_logprobs(hidden[scored], head, targets[scored])
+        sums = torch.zeros(len(scored), dtype=logprobs.dtype, device=logprobs.device)
+        return sums.index_add(0, scored.nonzero()[:, 0], logprobs), scored.sum(1)
 
     @property
     def head(self) -> nn.Module:
         """The LM head: hidden state -> vocabulary, with the model's own soft-cap or scale."""
-        config = self.model.config.get_text_config()
-        unusual = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, name, None)]
-        if unusual:
-            raise ConfigError(f"{self.config.base}: its logits use {unusual[0]}, which the generation terms do not apply yet")
         found = self.model.get_output_embeddings()
         if found is None:
             raise ConfigError(f"{self.config.base}: this model has no language-model head, so it cannot score or generate text")
-        return found
+        head = LogitHead.of(found, self.model.config.get_text_config())
+        if self._proven_head is not found:
+            self._prove(head)
+            self._proven_head = found
+        return head
+
+    @torch.no_grad()
+    def _prove(self, head: nn.Module) -> None:
+        """Hold the head's logits of a few tokens against the model's own.
+
+        Raises:
+            ConfigError: its family does something else with them.
+        """
+        ids = torch.tensor([[3, 5, 7, 11]], device=self.device) % self.model.config.get_text_config().vocab_size
+        with self._evaluating():
+            hidden = hidden_states(self.model, ids, torch.ones_like(ids, dtype=torch.bool), is_causal=True)
+            own, expected = head(hidden).float(), self.model(input_ids=ids, is_causal=True, use_cache=False).logits.float()
+        if not torch.allclose(own, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
+            raise ConfigError(
+                f"{self.config.base}: its logits are not what its head makes of its last states, so the generation terms would "
+                "misread them; use objective: contrastive"
+            )
 
     # Adapters
 

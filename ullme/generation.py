@@ -23,7 +23,7 @@ from ullme.encoder import Encoder
 from ullme.losses import entropy
 from ullme.sampling import GenerationScore
 
-__all__ = ["Logprobs", "Quality", "logprobs", "passage_rows", "quality", "teacher_scores"]
+__all__ = ["Logprobs", "Quality", "Rows", "logprobs", "passage_rows", "quality", "teacher_scores"]
 
 Rows = Sequence[Sequence[TokenRow | None]]
 

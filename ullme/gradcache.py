@@ -45,7 +45,8 @@ class TrainBatch:
     scored: the queries (positions) whose candidates the language model scores; `prompts` and `passages` hold for each of
     them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
     alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
-    Float[G K], the score as it was stored, or None. guide_queries: Float[Q G] and guide_documents: Float[C G], the unit-norm
+    Float[G K], the score as it was stored, or None. reference: Float[G K], the candidates' log-probabilities under the reference as
+    they were stored, or None. guide_queries: Float[Q G] and guide_documents: Float[C G], the unit-norm
     embeddings of the phase's guide, or None.
     """
 
@@ -63,6 +64,7 @@ class TrainBatch:
     alone: Sequence[Sequence[TokenRow | None]] = ()
     questions: Sequence[Sequence[TokenRow | None]] = ()
     teacher: np.ndarray | None = None
+    reference: np.ndarray | None = None
     guide_queries: np.ndarray | None = None
     guide_documents: np.ndarray | None = None
 
@@ -284,18 +286,20 @@ def _passages(
     baseline, cost = _baseline(encoder, batch, chunk_tokens=chunk_tokens) if objective.uses_mismatched else (None, 0)
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
     found = _nothing(encoder, batch, grouped)
+    stored = None if batch.reference is None else torch.as_tensor(batch.reference, device=encoder.device)
+    live = objective.uses_reference and stored is None
     parts: list[tuple[list[int], CandidateLogprobs]] = []
     sums: dict[str, Tensor] = {}
     for chunk, counts in together.turns(chunk_by_tokens(longest, together.budget(longest, chunk_tokens))):
-        flat = [(i, k, row) for i, g in enumerate(chunk) for k, row in enumerate(grouped[g]) if row is not None]
-        tokens = encoder.collate([row for _, _, row in flat])
-        where = torch.tensor([i * width + k for i, k, _ in flat], device=encoder.device)
-        reference = None
-        if objective.uses_reference:
+        rows = [[row for row in grouped[g] if row is not None] for g in chunk]
+        places = [i * width + k for i, g in enumerate(chunk) for k, row in enumerate(grouped[g]) if row is not None]
+        where = torch.tensor(places, device=encoder.device)
+        reference = None if stored is None else stored[chunk]
+        if live:
             with torch.no_grad(), encoder.reference():
-                reference = _spread(encoder.sequence_logprobs(tokens)[0], where, (len(chunk), width))
+                reference = _spread(encoder.candidate_logprobs(rows)[0], where, (len(chunk), width))
         with torch.set_grad_enabled(objective.trains_generation):
-            total, lengths = encoder.sequence_logprobs(tokens)
+            total, lengths = encoder.candidate_logprobs(rows)
         scores = CandidateLogprobs(
             found.rows[chunk],
             _spread(total, where, (len(chunk), width)),
@@ -312,15 +316,16 @@ def _passages(
                 sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum() * share
         parts.append((chunk if counts else [], replace(scores, total=scores.total.detach())))
     total, lengths = parts[0][1].total.new_zeros(found.total.shape), torch.zeros_like(found.tokens)
-    reference = torch.zeros_like(total) if objective.uses_reference else None
+    reference = torch.zeros_like(total) if live else None
     for chunk, scores in parts:
         if chunk:
             total[chunk], lengths[chunk] = scores.total, scores.tokens
-            if reference is not None and scores.reference is not None:
+            if reference is not None:
+                assert scores.reference is not None
                 reference[chunk] = scores.reference
     together.add(total, lengths, *sums.values(), *([] if reference is None else [reference]))
     terms.update({name: float(value) for name, value in sums.items()})
-    passes = 2 if objective.uses_reference else 1
+    passes = 2 if live else 1
     cost += passes * sum(len(row) for group in grouped for row in group if row is not None)
     return CandidateLogprobs(found.rows, total, lengths, found.present, reference), cost
 
@@ -395,14 +400,14 @@ class _Replay:
             yield
 
 
-def require_reference(encoder: Encoder, objective: Objective) -> None:
-    """Refuse, before the first step, an objective whose reference model does not exist.
+def require_reference(encoder: Encoder, objective: Objective, where: str) -> None:
+    """Refuse, before the first step, an objective whose reference model does not exist. where: the phase, for people.
 
     Raises:
         ConfigError: every weight is trained, so there is no model to compare with.
     """
     if objective.uses_reference and not encoder.has_adapter:
         raise ConfigError(
-            f"training: objective '{objective.kind}' compares with the model as it was when the phase began; "
-            "set training.adapter, or its preference weight to 0"
+            f"{where}: objective '{objective.kind}' compares with the model as it was when the phase began, and every weight is "
+            f"trained; set {where}.generation.reference: stored, or training.adapter"
         )

@@ -10,15 +10,14 @@ its embeddings.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ullme.artifacts import sync
 from ullme.backbone import MODEL_FILES
+from ullme.checkpoints import write_tensors
 from ullme.components import Section
 from ullme.data import Example
 from ullme.errors import ConfigError
@@ -110,8 +109,8 @@ def guides(
 def _tables(
     config: GuideConfig, examples: Sequence[Example], *, file: Path, wanted: int | None, batch_tokens: int
 ) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    import torch
+    from safetensors.numpy import load_file
 
     if file.is_file():
         tables = load_file(file)
@@ -122,14 +121,7 @@ def _tables(
     encoder = Encoder.load(Path(config.model).expanduser())
     _require_length(encoder.dim, wanted)
     tables = _encoded(encoder, examples, batch_tokens=batch_tokens)
-    partial = file.with_name(f"partial-{file.name}")
-    try:
-        save_file(tables, partial)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(partial)) from error  # it does not say which file
-    sync(partial)
-    partial.replace(file)
-    sync(file.parent)
+    write_tensors(file, {name: torch.from_numpy(table) for name, table in tables.items()})
     return tables
 
 

@@ -51,6 +51,8 @@ class Sampler:
     phase_index: int = 0
     teacher: Mapping[str, float] | None = None
     """The stored generation score by `Asked.pair`, where the teacher is frozen."""
+    reference: Mapping[str, float] | None = None
+    """The stored log-probability by `Asked.pair`, where the reference is."""
     guide: Guide | None = None
     """What the phase's guide makes of the training texts."""
 
@@ -177,6 +179,8 @@ class Sampler:
             "passages": passages,
             "score": settings.score,
         }
+        if self.phase.objective.uses_reference and settings.reference != "live":
+            fields["reference"] = np.array([self._stored(asked[place], self.reference or {}) for place in kept], dtype=np.float32)
         if not self.phase.objective.uses_teacher:
             return fields
         if self.teacher is not None:

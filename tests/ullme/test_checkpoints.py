@@ -79,6 +79,18 @@ def test_one_that_is_not_whole_is_passed_over_for_the_one_before(
     assert two.newest() is None
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_stay_and_what_lies_beyond_goes(keep: int, tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, "settings", keep=keep)
+    Checkpoints(tmp_path, "others").save(checkpoint(50))
+    for done in (2, 4, 10):
+        kept.save(checkpoint(done))
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted(["checkpoint-2", "checkpoint-4", "checkpoint-10"][-keep:])
+    flip(tmp_path / "checkpoint-10")
+    found = kept.newest()
+    assert (found.done if found else None) == (None if keep == 1 else 4)
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power cut after the renaming would find: both files and both folders were waited for, and the old one is there."""
     kept = Checkpoints(tmp_path, "settings")
@@ -100,7 +112,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monke
     monkeypatch.setattr(Path, "rename", rename)
     kept.save(checkpoint(2))
     ((before, there),) = seen
-    assert before == {"state.safetensors", "position.json.partial", "checkpoint.partial"}
+    assert before == {"state.safetensors.partial", "position.json.partial", "checkpoint.partial"}
     assert there == ["checkpoint-1", "checkpoint.partial"]
     assert synced == {tmp_path.name}  # the folder that holds the name
 
@@ -111,7 +123,7 @@ def test_what_cannot_be_written_names_its_file_and_leaves_the_one_before(tmp_pat
     monkeypatch.setattr("ullme.checkpoints.STATE", "no/such/folder")
     with pytest.raises(OSError, match="folder") as caught:
         kept.save(checkpoint(2))
-    assert caught.value.filename == str(tmp_path / "checkpoint.partial" / "no/such/folder")
+    assert caught.value.filename == str(tmp_path / "checkpoint.partial" / "no/such/folder.partial")
     monkeypatch.undo()
     found = kept.newest()
     assert found is not None

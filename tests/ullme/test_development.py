@@ -8,15 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_training import GRL, PHASE, Killed, config, examples, kill_at, refs, rows_of
+from test_training import GRL, PHASE, Killed, config, examples, kill_at, refs, rows_of, weights_after_every_step
 from toys import tiny_encoder
 
-from ullme import training
+from ullme import loop
 from ullme.artifacts import ArtifactRef, Store
 from ullme.data import Example
 from ullme.development import reciprocal_rank, set_aside
 from ullme.errors import DataError
-from ullme.training import TRAIN, Loop
+from ullme.training import TRAIN
 
 __all__ = ["refs"]  # the fixture
 
@@ -65,7 +65,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """What the first measurement finds, the second, and so on."""
     values: dict[int, float] = {}
     calls = iter(range(1, 100))
-    monkeypatch.setattr(training, "reciprocal_rank", lambda *_, **__: values[next(calls)])
+    monkeypatch.setattr(loop, "reciprocal_rank", lambda *_, **__: values[next(calls)])
     return values
 
 
@@ -78,13 +78,7 @@ def test_the_best_weights_of_the_last_phase_are_kept(
     refs: dict[str, ArtifactRef], tmp_path: Path, script: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script |= {1: 0.3, 2: 0.5, 3: 0.5}
-    plain, seen = Loop.advance, []
-
-    def advance(self: Loop, *arguments: Any) -> None:
-        plain(self, *arguments)
-        seen.append({name: weight.clone() for name, weight in self.weights().items()})
-
-    monkeypatch.setattr(Loop, "advance", advance)
+    seen = weights_after_every_step(monkeypatch)
     made = run(tmp_path, refs, PHASE, LAST)
     assert {name: made.meta[name] for name in ("best_step", "development_mrr", "steps")} == {
         "best_step": 7,

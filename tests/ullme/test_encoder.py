@@ -171,11 +171,29 @@ def test_generation_does_not_depend_on_the_embedding_mode() -> None:
     assert torch.equal(both.model.generate(ids, **options), one_way.model.generate(ids, **options))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite"])
-def test_a_head_with_a_cap_or_scale_is_refused_rather_than_misread(family: str) -> None:
-    encoder = tiny_encoder(family)
-    encoder.model.config.update({"final_logit_softcapping": 30.0} if family == "gemma2" else {"logits_scaling": 8.0})
-    with pytest.raises(ConfigError, match="logits use"):
+@pytest.mark.parametrize(
+    ("family", "settings"), [("gemma2", {"final_logit_softcapping": 0.3}), ("granite", {"logits_scaling": 8.0}), ("cohere", {})]
+)
+def test_a_head_with_a_cap_or_scale_scores_as_its_family_does(family: str, settings: dict[str, float]) -> None:
+    encoder = tiny_encoder(family, dtype=torch.float64)
+    encoder.model.config.update(settings)
+    row = TokenRow(encoder.tokenizer("alpha beta")["input_ids"], 4)
+    sums, _ = encoder.sequence_logprobs(encoder.collate([row]))
+    assert torch.allclose(sums[0], logprob_by_hand(encoder, row), rtol=1e-10)
+
+
+def test_a_head_that_does_something_else_is_refused_rather_than_misread() -> None:
+    encoder = tiny_encoder("granite")
+    encoder.model.config.update({"logits_scaling": 8.0})
+    forward = encoder.model.forward
+
+    def doubled(**settings: Any) -> Any:
+        out = forward(**settings)
+        out.logits = out.logits * 2
+        return out
+
+    encoder.model.forward = doubled
+    with pytest.raises(ConfigError, match="its logits are not what its head makes of its last states"):
         encoder.sequence_logprobs(encoder.collate([TokenRow([5, 6], 1)]))
 
 

@@ -577,5 +577,5 @@ def test_own_candidates_are_marked_and_missing_ones_are_not() -> None:
 def test_a_reference_without_an_adapter_is_refused() -> None:
     encoder = tiny_encoder()
     with pytest.raises(ConfigError, match=r"set training\.adapter, or its preference weight to 0"):
-        gradcache.require_reference(encoder, GRL)
-    gradcache.require_reference(encoder, GRL.model_copy(update={"preference_weight": 0.0}))
+        gradcache.require_reference(encoder, GRL, "training.phases.0")
+    gradcache.require_reference(encoder, GRL.model_copy(update={"preference_weight": 0.0}), "training.phases.0")

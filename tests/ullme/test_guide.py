@@ -54,7 +54,7 @@ def test_every_text_is_encoded_once_in_its_role_and_phases_share_the_vectors(
     queries = plain(encoder, ["alpha", "beta"], prompt="query")
     told = plain(encoder, ["alpha"], prompt="query", instructions=["Find it."])
     for guide in found.values():
-        assert guide.dim == 64
+        assert guide.queries(EXAMPLES[:1]).shape == (1, 64)
         got = guide.queries([EXAMPLES[1], EXAMPLES[2], EXAMPLES[3], EXAMPLES[0]])
         assert np.allclose(got, [queries[1], told[0], queries[0], queries[0]], atol=1e-6)
         assert np.allclose(guide.documents(["four", "one"]), plain(encoder, ["four", "one"], prompt="document"), atol=1e-6)

@@ -19,9 +19,10 @@ from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import Example, read_examples
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, DataError, LimitExceeded, NotFinite
+from ullme.loop import Loop
 from ullme.prompts import PromptConfig
 from ullme.sampling import Sampler
-from ullme.training import TRAIN, GenerationConfig, Loop, LoraConfig, PhaseConfig, TrainConfig
+from ullme.training import TRAIN, GenerationConfig, LoraConfig, PhaseConfig, TrainConfig
 
 PHASE: dict[str, Any] = {"objective": "contrastive", "steps": 3, "batch_size": 4, "num_negatives": 2, "learning_rate": 0.01}
 GRL: dict[str, Any] = {**PHASE, "objective": "grl", "generation": {"passage_tokens": 12, "queries": 2}}
@@ -276,7 +277,9 @@ def test_full_fine_tuning_moves_every_weight(kind: Any, refs: dict[str, Artifact
 
 
 def test_full_fine_tuning_with_a_preference_is_refused_before_the_first_step(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"objective 'grl' compares with the model as it was.*set training\.adapter"):
+    with pytest.raises(
+        ConfigError, match=r"phases\.1: objective 'grl' compares with.*set training\.phases\.1\.generation\.reference: stored"
+    ):
         Store(tmp_path).produce(TRAIN, config(PHASE, GRL, adapter=None), refs, seed=1)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
@@ -381,6 +384,18 @@ def kill_at(patch: pytest.MonkeyPatch, step: int, moment: str) -> None:
             raise Killed
 
     patch.setattr(Loop, "advance", advance)
+
+
+def weights_after_every_step(patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Filled as training goes on."""
+    plain, seen = Loop.advance, []
+
+    def advance(self: Loop, *arguments: Any) -> None:
+        plain(self, *arguments)
+        seen.append({name: weight.clone() for name, weight in self.weights().items()})
+
+    patch.setattr(Loop, "advance", advance)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +539,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("generation", "queries", 3),
     ("generation", "score", "pmi"),
     ("generation", "teacher", "frozen"),
+    ("generation", "reference", "none"),
     ("generation", "passage_template", "P: {passage}\nQ:"),
     ("adapter", "rank", 3),
     ("adapter", "alpha", 8),
@@ -754,19 +770,61 @@ def test_what_cannot_begin_is_refused(phases: Any, settings: dict[str, Any], mes
         config(*phases, **settings)
 
 
+# What preferences compare with
+
+
+def compared(reference: str, **phase: Any) -> dict[str, Any]:
+    return {**GRL, **phase, "generation": {**GRL["generation"], "queries": None, "reference": reference}}
+
+
+def test_a_stored_reference_gives_the_steps_of_a_live_one_and_none_gives_others(
+    refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second phase the reference is the model that the first one has made, not the base."""
+    after: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for reference in ("live", "stored", "none"):
+        with pytest.MonkeyPatch.context() as patch:
+            after[reference] = weights_after_every_step(patch)
+            Store(tmp_path / reference).produce(TRAIN, config(compared(reference), compared(reference)), refs, seed=1)
+    for live, stored in zip(after["live"], after["stored"], strict=True):
+        assert all(torch.allclose(live[name], stored[name], atol=2e-5) for name in live)
+    moved = [max(float((a[name] - b[name]).abs().max()) for name in a) for a, b in zip(after["live"], after["none"], strict=True)]
+    assert max(moved) > 1e-3
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6])
+def test_a_stored_reference_survives_a_crash(step: int, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    section = config(compared("stored"), compared("stored"), runtime={"checkpoint_every": 2})
+    expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
+    store = Store(tmp_path / "two")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, "before")
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
+
+
+def test_every_weight_can_be_trained_with_a_stored_reference(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    made = Store(tmp_path).produce(TRAIN, config(compared("stored", learning_rate=0.001), adapter=None), refs, seed=1)
+    queries = [row["loss/preference"] / (0.5 * math.log(2)) * 4 for row in rows_of(made)]  # those that have a negative
+    assert queries[0] == pytest.approx(round(queries[0]), abs=1e-3), "nothing has moved yet"
+    assert queries[0] > 0.5
+    assert abs(queries[-1] - round(queries[-1])) > 2e-3
+
+
+def test_kto_needs_a_live_reference() -> None:
+    objective = {"kind": "grl", "preference_loss": "kto"}
+    with pytest.raises(ValidationError, match=r"generation\.reference: stored: kto measures its baseline with a live reference"):
+        config(compared("stored", objective=objective))
+
+
 # Averages
 
 
 def test_the_last_weights_are_averaged(refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     section = config(PHASE, last_phase("continue", steps=4), average_last=3, runtime={"checkpoint_every": 1})
-    plain, seen = Loop.advance, []
-
-    def advance(self: Loop, *arguments: Any) -> None:
-        plain(self, *arguments)
-        seen.append({name: weight.clone() for name, weight in self.weights().items()})
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "advance", advance)
+        seen = weights_after_every_step(patch)
         expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
     found = load_file(expected.path / "adapter/adapter_model.safetensors")
     for name, tensor in found.items():
