@@ -1,0 +1,396 @@
+"""Which strategy helps: contrastive learning, SFT, DPO and GRL by generation score and temperature, on one model and equal steps.
+
+    python benchmarks/results.py --data ../shared/data --work work --json strategies.json --write docs/results.md      some 5 hours
+    python benchmarks/results.py --quick                  few queries, steps and strategies, under 5 minutes: does it run
+
+Every run that has ended is kept in --work and not repeated. SmolLM2-135M-Instruct, bidirectional, mean
+pooling, LoRA of rank 16. Every seed is first warmed up by contrastive learning with in-batch negatives alone; each strategy goes on
+from there, with the same queries, passages and BM25 negatives in the same order, for the same number of steps.
+
+    screen         pydocs, one seed, every strategy. Scored on one half of the test queries, by the hash of their ids.
+    confirmation   pydocs and squad_sent, three seeds: contrastive, plain ULLME, + SFT, + DPO, and the GRL that was best in the
+                   screen. Scored on the other half of pydocs, and on all queries of squad_sent.
+
+p: two-sided paired randomisation over queries, each query's score averaged over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from encode import NOT_RUN, SMOLLM2, machine
+
+from ullme.artifacts import ArtifactRef, Store, write_atomic
+from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.data import PREPARE, DataConfig
+from ullme.encoding import ENCODE, EncodeConfig
+from ullme.evaluation import EVALUATE, EvalConfig
+from ullme.mining import MINE, MiningConfig
+from ullme.records import hash_share
+from ullme.statistics import paired_randomisation
+from ullme.training import TRAIN, TrainConfig
+
+METRIC = "ndcg_at_10"
+SEEDS = (0, 1, 2)
+WARM_UP, BASE, BM25 = "warm-up alone", "untrained", "BM25"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long everything takes. queries and documents: of a collection, at most."""
+
+    queries: int = 600
+    documents: int | None = None
+    squad_documents: int = 3000
+    warm_up_steps: int = 40
+    warm_up_queries: int = 32
+    steps: int = 12
+    step_queries: int = 16
+    seeds: tuple[int, ...] = SEEDS
+    every_strategy: bool = True
+
+
+QUICK = Effort(40, 120, 120, 2, 6, 2, 4, (0,), every_strategy=False)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What the second phase minimises."""
+
+    name: str
+    objective: Mapping[str, Any]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_term(kind: str, weight: float) -> dict[str, Any]:
+    """Contrastive learning and a generation term beside it."""
+    own = {"per_token": True} if kind == "sft" else {"beta": 0.1}
+    parts = [{"objective": {"kind": "contrastive", "temperature": 0.05}}, {"objective": {"kind": kind, **own}, "weight": weight}]
+    return {"kind": "sum", "parts": parts}
+
+
+def grl(score: str, temperature: float, *, preference: float = 0.5, kl: float = 1.0, teacher: str = "live") -> Strategy:
+    """GRL with a generation score at a temperature; the other weights are ULLME's."""
+    notes = [f"{score} at {temperature:g}"]
+    notes += [f"preference {preference:g}"] * (preference != 0.5) + [f"kl {kl:g}"] * (kl != 1.0) + [teacher] * (teacher != "live")
+    objective = {"kind": "grl", "generation_temperature": temperature, "preference_weight": preference, "kl_weight": kl}
+    return Strategy(f"GRL, {', '.join(notes)}", objective, {"score": score, "teacher": teacher})
+
+
+CL = Strategy("CL", {"kind": "contrastive", "temperature": 0.05})
+SFT, DPO = Strategy("CL + SFT", with_term("sft", 0.5)), Strategy("CL + DPO", with_term("preference", 0.5))
+ULLME = replace(grl("passage_given_query", 1.0), name="GRL, plain ULLME")
+SCREEN = (
+    CL,
+    SFT,
+    Strategy("CL + SFT, weight 0.1", with_term("sft", 0.1)),
+    DPO,
+    Strategy("CL + DPO, weight 0.1", with_term("preference", 0.1)),
+    ULLME,
+    grl("passage_given_query", 0.1),
+    grl("pmi", 0.1),
+    grl("pmi", 0.03),
+    grl("query_given_passage", 1.0),
+    grl("query_given_passage", 0.1),
+    grl("sum", 0.3),
+    grl("sum", 0.1),
+    grl("sum", 0.1, teacher="frozen"),
+    grl("sum", 0.1, preference=0.0),
+    grl("sum", 0.1, preference=0.1, kl=0.1),
+)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A data set, its stages' settings, and which of its test queries count in the confirmation."""
+
+    name: str
+    data: dict[str, Any]
+    halves: bool
+
+    def counted(self, queries: Sequence[str], *, screening: bool) -> list[str]:
+        """Queries of the screen, or of the confirmation."""
+        if not self.halves:
+            return sorted(queries)
+        return sorted(query for query in queries if (hash_share(query, "screen") < 0.5) == screening)
+
+
+def collections(effort: Effort, data: Path | None) -> list[Collection]:
+    """pydocs, and squad_sent where its folder is there."""
+    pydocs = {"source": {"kind": "pydocs", "candidates": "test"}, "max_test_queries": effort.queries}
+    found = [Collection("pydocs", {**pydocs, "max_documents": effort.documents}, halves=True)]
+    folder = data / "squad_sent" if data else None
+    if folder is not None and (folder / "corpus.jsonl").is_file():
+        source = {"kind": "beir", "path": str(folder), "train_pairs": [str(folder / "train_pairs.jsonl")]}
+        caps = {"max_test_queries": effort.queries, "max_documents": effort.squad_documents, "max_train_queries": 4000}
+        found.append(Collection("squad_sent", {"source": source, **caps}, halves=False))
+    return found
+
+
+# One run, in a process of its own
+
+
+class Bench:
+    """A folder with a store, and a row per run that has ended."""
+
+    def __init__(self, folder: Path, effort: Effort, data: Path | None) -> None:
+        self.folder, self.effort = folder, effort
+        self.store = Store(folder / "store")
+        self.collections = {collection.name: collection for collection in collections(effort, data)}
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+
+    def row_file(self, collection: str, strategy: str, seed: int) -> Path:
+        """Where the row of a run is kept."""
+        slug = "".join(character if character.isalnum() or character in ".-" else "_" for character in strategy)
+        return self.folder / "rows" / f"{collection}-{slug}-{seed}.json"
+
+    def common(self, collection: str) -> dict[str, ArtifactRef]:
+        """Data, base model and negatives, the same for every run."""
+        section = DataConfig.model_validate(self.collections[collection].data).resolved()
+        base = BackboneConfig.model_validate({"model": SMOLLM2, "attention": "bidirectional", "pooling": "mean", "max_tokens": 128})
+        mining = MiningConfig.model_validate({"miner": {"kind": "bm25", "num_negatives": 4}})
+        data = self.store.produce(PREPARE, section, {}, seed=0)
+        negatives = self.store.produce(MINE, mining, {"data": data}, seed=0)
+        return {"data": data, "negatives": negatives, "model": self.store.produce(BACKBONE, base.resolved(), {}, seed=0)}
+
+    def warm_up(self, common: Mapping[str, ArtifactRef], seed: int) -> ArtifactRef:
+        """The model that every strategy of this seed goes on from."""
+        phase = {
+            "objective": CL.objective,
+            "steps": self.effort.warm_up_steps,
+            "batch_size": self.effort.warm_up_queries,
+            "num_negatives": 0,
+            "learning_rate": 1e-3,
+        }
+        return self._trained(phase, common, seed)
+
+    def strategy(self, strategy: Strategy, common: Mapping[str, ArtifactRef], seed: int) -> ArtifactRef:
+        """The second phase, on a LoRA of its own."""
+        phase = {
+            "objective": strategy.objective,
+            "steps": self.effort.steps,
+            "batch_size": self.effort.step_queries,
+            "num_negatives": 2,
+            "learning_rate": 3e-4,
+            "generation": {"passage_tokens": 64, **strategy.generation},
+        }
+        return self._trained(phase, {**common, "model": self.warm_up(common, seed)}, seed)
+
+    def _trained(self, phase: Mapping[str, Any], inputs: Mapping[str, ArtifactRef], seed: int) -> ArtifactRef:
+        runtime = {"chunk_tokens": 8192, "checkpoint_every": 4}
+        section = TrainConfig.model_validate({"phases": [phase], "adapter": {"rank": 16, "alpha": 32}, "runtime": runtime})
+        return self.store.produce(TRAIN, section, inputs, seed=seed)
+
+    def run(self, collection: str, strategy: str, seed: int) -> dict[str, Any]:
+        """Train, encode, evaluate; the row. What only this run needs is deleted."""
+        common = self.common(collection)
+        section = EvalConfig.model_validate({"metrics": [METRIC, "recall_at_100"], "bootstrap_samples": 100, "controls": False})
+        if strategy == BM25:
+            report = self.store.produce(EVALUATE, section, {"data": common["data"]}, seed=0)
+            return self._row(report, {})
+        if strategy == BASE:
+            model = common["model"]
+        elif strategy == WARM_UP:
+            model = self.warm_up(common, seed)
+        else:
+            model = self.strategy(next(one for one in SCREEN if one.name == strategy), common, seed)
+        inputs = {"data": common["data"], "model": model}
+        inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
+        row = self._row(self.store.produce(EVALUATE, section, inputs, seed=0), self._training(model))
+        shutil.rmtree(inputs["embeddings"].path)
+        if strategy not in (BASE, WARM_UP):
+            shutil.rmtree(model.path)
+        return row
+
+    @staticmethod
+    def _training(model: ArtifactRef) -> dict[str, Any]:
+        teacher = model.path / "logs" / "teacher.json"
+        found = json.loads(teacher.read_text(encoding="utf-8")) if teacher.is_file() else []
+        shown = {name: round(found[0][name], 3) for name in ("accuracy", "chance", "entropy", "most")} if found else None
+        return {"train_seconds": model.meta.get("train_seconds"), "teacher": shown}
+
+    @staticmethod
+    def _row(report: ArtifactRef, training: Mapping[str, Any]) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(report.path / "per_query.parquet", filters=[("metric", "=", METRIC)]).to_pylist()
+        return {**training, "per_query": {row["query_id"]: row["exact"] for row in rows}}
+
+
+# All runs
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Starts what is missing, each run in a process of its own, and adds up the seconds."""
+
+    bench: Bench
+    arguments: Sequence[str]
+
+    def row(self, collection: str, strategy: str, seed: int) -> dict[str, Any]:
+        """The row of a run, made now where there is none."""
+        file = self.bench.row_file(collection, strategy, seed)
+        if not file.is_file():
+            print(f"{time.strftime('%H:%M:%S')} {collection}, {strategy}, seed {seed}", flush=True)
+            started = time.monotonic()
+            try:
+                command = [sys.executable, __file__, *self.arguments, "--one", json.dumps([collection, strategy, seed])]
+                subprocess.run(command, check=True)
+            finally:
+                self._spend(time.monotonic() - started)
+            made = json.loads(file.read_text(encoding="utf-8"))
+            counted = self.bench.collections[collection].counted(list(made["per_query"]), screening=True)
+            print(f"  {METRIC} {mean_of(made, counted):.4f}, {time.monotonic() - started:.0f} s", flush=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _spend(self, seconds: float) -> None:
+        write_atomic(self.bench.folder / "spent.json", json.dumps(round(self.spent() + seconds, 1)))
+
+    def spent(self) -> float:
+        """Seconds of all runs, also of those that were interrupted."""
+        file = self.bench.folder / "spent.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+
+
+def mean_of(row: Mapping[str, Any], queries: Sequence[str]) -> float:
+    """Mean score of these queries."""
+    return statistics.fmean(row["per_query"][query] for query in queries)
+
+
+def screen(runner: Runner) -> dict[str, Any]:
+    """Every strategy once."""
+    collection = runner.bench.collections["pydocs"]
+    found: dict[str, Any] = {}
+    strategies = SCREEN if runner.bench.effort.every_strategy else (CL, ULLME, SCREEN[-1])
+    for name in (BM25, BASE, WARM_UP, *(strategy.name for strategy in strategies)):
+        row = runner.row("pydocs", name, 0)
+        queries = collection.counted(list(row["per_query"]), screening=True)
+        found[name] = {METRIC: round(mean_of(row, queries), 4), **{key: row[key] for key in row if key != "per_query"}}
+    chosen = max((s.name for s in strategies if s.objective["kind"] == "grl"), key=lambda name: found[name][METRIC])
+    return {"queries": len(queries), "rows": found, "best_grl": chosen}
+
+
+def confirm(runner: Runner, collection: Collection, chosen: str) -> dict[str, Any]:
+    """The compared strategies with every seed: mean, spread over seeds, and how they differ from contrastive learning."""
+    names = list(dict.fromkeys([WARM_UP, CL.name, ULLME.name, SFT.name, DPO.name, chosen]))
+    rows = {name: [runner.row(collection.name, name, seed) for seed in runner.bench.effort.seeds] for name in names}
+    alone = {name: [runner.row(collection.name, name, 0)] for name in (BM25, BASE)}
+    queries = collection.counted(list(rows[CL.name][0]["per_query"]), screening=False)
+    averaged = {
+        name: [statistics.fmean(row["per_query"][query] for row in of) for query in queries]
+        for name, of in {**alone, **rows}.items()
+    }
+    found: dict[str, Any] = {}
+    for name, of in {**alone, **rows}.items():
+        scores = [mean_of(row, queries) for row in of]
+        compared = paired_randomisation(averaged[name], averaged[CL.name])
+        found[name] = {
+            "seeds": [round(score, 4) for score in scores],
+            "mean": round(statistics.fmean(scores), 4),
+            "spread": round(statistics.stdev(scores), 4) if len(scores) > 1 else None,
+            "over_cl": None if name == CL.name else round(compared.difference, 4),
+            "interval": None if name == CL.name else [round(compared.low, 4), round(compared.high, 4)],
+            "p": None if name == CL.name else round(compared.p, 4),
+            "train_seconds": [row.get("train_seconds") for row in of],
+        }
+    return {"queries": len(queries), "rows": found}
+
+
+def everything(runner: Runner) -> Iterator[dict[str, Any]]:
+    """What is known after each part."""
+    result: dict[str, Any] = {"effort": vars(runner.bench.effort), "machine": machine()}
+    result["screen"] = screen(runner)
+    yield {**result, "hours": round(runner.spent() / 3600, 2)}
+    result["confirmation"] = {}
+    for name in ("pydocs", "squad_sent"):
+        collection = runner.bench.collections.get(name)
+        result["confirmation"][name] = confirm(runner, collection, result["screen"]["best_grl"]) if collection else NOT_RUN
+        yield {**result, "hours": round(runner.spent() / 3600, 2)}
+
+
+# For people
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The result in Markdown."""
+    rows = result["screen"]["rows"]
+    lines = ["| pydocs, seed 0 | nDCG@10 | teacher finds the positive | entropy | training |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        teacher, seconds = row.get("teacher"), row.get("train_seconds")
+        found = f"{teacher['accuracy']:.0%} (chance {teacher['chance']:.0%})" if teacher else ""
+        entropy = f"{teacher['entropy']:.2f} of {teacher['most']:.2f}" if teacher else ""
+        lines.append(f"| {name} | {row[METRIC]:.3f} | {found} | {entropy} | {f'{seconds:.0f} s' if seconds else ''} |")
+    for collection, part in result.get("confirmation", {}).items():
+        if part == NOT_RUN:
+            lines += ["", f"{collection}: not run here."]
+            continue
+        lines += [
+            "",
+            f"| {collection}, {part['queries']} queries | nDCG@10 | spread | over CL | 95% | p |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in part["rows"].items():
+            spread = "" if row["spread"] is None else f"{row['spread']:.3f}"
+            over = "" if row["over_cl"] is None else f"{row['over_cl']:+.3f}"
+            between = "" if row["interval"] is None else f"{row['interval'][0]:+.3f} .. {row['interval'][1]:+.3f}"
+            chance = "" if row["p"] is None else f"{row['p']:.4f}"
+            lines.append(f"| {name} | {row['mean']:.3f} | {spread} | {over} | {between} | {chance} |")
+    where = result["machine"]
+    return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
+
+
+def write_tables(file: Path, text: str) -> None:
+    """Put the tables between the page's two marks.
+
+    Raises:
+        SystemExit: it has none.
+    """
+    page = file.read_text(encoding="utf-8")
+    start, end = "<!-- tables: begin -->\n", "<!-- tables: end -->"
+    if start not in page or end not in page:
+        raise SystemExit(f"{file}: expected the marks {start.strip()} and {end} to write the tables between")
+    write_atomic(file, page.partition(start)[0] + start + text + end + page.partition(end)[2])
+
+
+def main() -> None:
+    """Run what is missing, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with squad_sent; without it, the confirmation is on pydocs alone")
+    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
+    parser.add_argument("--json", type=Path, help="write the result to this file, after every part")
+    parser.add_argument("--write", type=Path, help="write the tables into this page")
+    parser.add_argument("--quick", action="store_true", help="a few queries and steps, the first strategies: does it run")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ullme-results-") as scratch:
+        folder = arguments.work or Path(scratch)
+        bench = Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
+        if arguments.one:
+            collection, strategy, seed = json.loads(arguments.one)
+            row = bench.run(collection, strategy, seed)
+            write_atomic(bench.row_file(collection, strategy, seed), json.dumps(row))
+            return
+        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
+        again += ["--data", str(arguments.data)] if arguments.data else []
+        for result in everything(Runner(bench, again)):
+            if arguments.json:
+                write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+            text = tables(result)
+            if arguments.write:
+                write_tables(arguments.write, text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
