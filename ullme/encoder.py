@@ -8,18 +8,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,14 +28,14 @@ from ullme.batches import PASS_TOKENS, Batch, TokenRow, collate
 from ullme.components import Section
 from ullme.engine import stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
+from ullme.language_model import proven_head, summed_logprobs
 from ullme.latent import LatentAttention
-from ullme.lora import activate, speed_up, switched_off
-from ullme.losses import LogitHead, token_logprobs
+from ullme.lora import activate, add_adapter, read_adapter, switched_off, write_adapter
 from ullme.pooling import pool
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
 from ullme.shared_prefix import continued_states, shares_prefix
-from ullme.varlen import HALF, fast_kernel, pack, packed_hidden_states, supports_packing, unpack
+from ullme.varlen import Packing, pack, packed_hidden_states, proven_packing, unpack
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig
@@ -48,7 +45,6 @@ __all__ = ["Encoder", "EncoderConfig", "Role"]
 logger = logging.getLogger(__name__)
 
 AdapterName = Literal["embedding", "generation"]
-Packing = Literal["plain", "float32_residual"]
 Pooler = LatentAttention | folder.ForeignPooling
 SHARED_FROM = 2 * PASS_TOKENS
 """Tokens of prompts that are not computed again, from which a pass of their own pays."""
@@ -91,7 +87,7 @@ class Encoder:
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
-        self._proven_head: nn.Module | None = None
+        self._head: tuple[Any, nn.Module] | None = None
         self._reference: dict[str, Tensor] | None = None
         if config.dim is not None and config.dim > self.width:
             raise ConfigError(f"backbone.dim: expected at most {self.width}, the model's own length, got {config.dim}")
@@ -266,23 +262,9 @@ class Encoder:
         weight = next(self.model.parameters())
         place = (weight.device.type, weight.dtype)
         if place not in self._packings:
-            self._packings[place] = self._proven_packing(*place)
+            causal = self.config.attention == "causal"
+            self._packings[place] = proven_packing(self.model, is_causal=causal, sliding_window=self.config.sliding_window)
         return self._packings[place]
-
-    def _proven_packing(self, device_type: str, dtype: torch.dtype) -> Packing | None:
-        if device_type != "cpu" and not fast_kernel(self.model):
-            return None
-        for way in ("float32_residual", "plain") if dtype in HALF else ("plain",):
-            reason = supports_packing(
-                self.model,
-                is_causal=self.config.attention == "causal",
-                sliding_window=self.config.sliding_window,
-                float32_residual=way == "float32_residual",
-            )
-            if reason is None:
-                return way
-            logger.debug("%s: %s", way, reason)
-        return None
 
     def _pooled(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B D"]:
         counted = batch.attention_mask if self.config.pool_prompt else batch.pooled_mask
@@ -354,7 +336,7 @@ class Encoder:
         if len(self.adapters) > 1:
             activate(self.model, "generation")
         hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
-        return self._summed(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
+        return summed_logprobs(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
 
     def candidate_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
         """The same for the rows of several groups, one group after the other; the rows of a group share their prompt.
@@ -372,45 +354,15 @@ class Encoder:
         passages = self.collate([TokenRow(row.ids[row.prompt :]) for row in flat])
         owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
         hidden = continued_states(self.model, conditions, passages, owner)
-        return self._summed(hidden, passages.input_ids, passages.attention_mask, head)
-
-    @staticmethod
-    def _summed(
-        hidden: Float[Tensor, "B S D"], targets: Int[Tensor, "B S"], scored: Bool[Tensor, "B S"], head: nn.Module
-    ) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
-        """Log-probabilities of the targets that are scored, each given the state beside it, summed per row."""
-        logprobs = token_logprobs(hidden[scored], head, targets[scored])
-        sums = torch.zeros(len(scored), dtype=logprobs.dtype, device=logprobs.device)
-        return sums.index_add(0, scored.nonzero()[:, 0], logprobs), scored.sum(1)
+        return summed_logprobs(hidden, passages.input_ids, passages.attention_mask, head)
 
     @property
     def head(self) -> nn.Module:
-        """The LM head: hidden state -> vocabulary, with the model's own soft-cap or scale."""
-        found = self.model.get_output_embeddings()
-        if found is None:
-            raise ConfigError(f"{self.config.base}: this model has no language-model head, so it cannot score or generate text")
-        head = LogitHead.of(found, self.model.config.get_text_config())
-        if self._proven_head is not found:
-            self._prove(head)
-            self._proven_head = found
-        return head
-
-    @torch.no_grad()
-    def _prove(self, head: nn.Module) -> None:
-        """Hold the head's logits of a few tokens against the model's own.
-
-        Raises:
-            ConfigError: its family does something else with them.
-        """
-        ids = torch.tensor([[3, 5, 7, 11]], device=self.device) % self.model.config.get_text_config().vocab_size
-        with self._evaluating():
-            hidden = hidden_states(self.model, ids, torch.ones_like(ids, dtype=torch.bool), is_causal=True)
-            own, expected = head(hidden).float(), self.model(input_ids=ids, is_causal=True, use_cache=False).logits.float()
-        if not torch.allclose(own, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())):
-            raise ConfigError(
-                f"{self.config.base}: its logits are not what its head makes of its last states, so the generation terms would "
-                "misread them; use objective: contrastive"
-            )
+        """The LM head: hidden state -> vocabulary, with the model's own soft-cap or scale (see `ullme.language_model`)."""
+        embeddings = self.model.get_output_embeddings()
+        if self._head is None or self._head[0] is not embeddings:
+            self._head = (embeddings, proven_head(self.model, self.config.base))
+        return self._head[1]
 
     # Adapters
 
@@ -429,50 +381,15 @@ class Encoder:
 
         With an adapter for `generation` beside it, the one for `embedding` serves embeddings alone; each mode takes its own.
         """
-        from peft import LoraConfig as PeftLora
-        from peft import get_peft_model
-
-        settings = PeftLora(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            task_type="CAUSAL_LM" if self.model.get_output_embeddings() is not None else "FEATURE_EXTRACTION",
-        )
-        if self.has_adapter:
-            self.model.add_adapter(name, settings)
-        else:
-            self.model = get_peft_model(self.model, settings, adapter_name=name)
-        self._all_adapters_learn()
+        self.model = add_adapter(self.model, config, name)
 
     def save_adapter(self, path: Path, name: AdapterName | str = "embedding") -> None:
         """Write one adapter as peft does, without the place that its base was loaded from."""
-        with TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as scratch:
-            self.model.save_pretrained(scratch, selected_adapters=[name])
-            shutil.copytree(Path(scratch) / name, path, dirs_exist_ok=True)
-        file = path / "adapter_config.json"
-        described = json.loads(file.read_text(encoding="utf-8"))
-        described["base_model_name_or_path"] = self.config.base
-        if isinstance(described["target_modules"], list):
-            described["target_modules"].sort()  # peft writes a set, in hash order
-        file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_adapter(self.model, path, name, base=self.config.base)
 
     def read_adapter(self, path: Path, name: AdapterName | str = "embedding") -> None:
         """Attach an adapter that `save_adapter` wrote."""
-        from peft import PeftModel
-
-        if self.has_adapter:
-            self.model.load_adapter(str(path), adapter_name=name, is_trainable=True)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name, is_trainable=True)
-        self._all_adapters_learn()
-
-    def _all_adapters_learn(self) -> None:
-        for parameter_name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("lora_" in parameter_name)
-        speed_up(self.model)
+        self.model = read_adapter(self.model, path, name)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

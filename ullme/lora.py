@@ -1,4 +1,4 @@
-"""A fast forward and backward for plain LoRA layers; peft keeps their configuration, storage, switching and merging.
+"""LoRA adapters through peft, with a fast forward and backward of their own for plain layers.
 
 peft multiplies a float32 adapter beside a bfloat16 weight: every layer converts its input, runs two float32 products and a
 mixed-type sum. Here the adapter stays float32 (what the optimizer needs), its products run in the input's type and the
@@ -7,16 +7,23 @@ sums are fused into them (addmm), which saves conversions and passes over memory
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["activate", "plain_weights", "speed_up", "switched_off"]
+if TYPE_CHECKING:
+    from ullme.training import LoraConfig
+
+__all__ = ["activate", "add_adapter", "plain_weights", "read_adapter", "speed_up", "switched_off", "write_adapter"]
 
 # bitsandbytes, which peft imports where it is installed, advises a package of kernels for 4-bit inference; none is run here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -61,6 +68,58 @@ def speed_up(model: nn.Module) -> int:
             layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
             count += 1
     return count
+
+
+def add_adapter(model: Any, config: LoraConfig, name: str) -> Any:
+    """The model with a new LoRA, float32 weights beside its linear layers; only adapters learn from now on."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    settings = PeftLora(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets if isinstance(config.targets, str) else list(config.targets),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        task_type="CAUSAL_LM" if model.get_output_embeddings() is not None else "FEATURE_EXTRACTION",
+    )
+    if getattr(model, "peft_config", None):
+        model.add_adapter(name, settings)
+    else:
+        model = get_peft_model(model, settings, adapter_name=name)
+    return _learning(model)
+
+
+def write_adapter(model: Any, path: Path, name: str, *, base: str) -> None:
+    """One adapter as peft writes it. base: what stands in it for the place that the base was loaded from."""
+    with TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as scratch:
+        model.save_pretrained(scratch, selected_adapters=[name])
+        shutil.copytree(Path(scratch) / name, path, dirs_exist_ok=True)
+    file = path / "adapter_config.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["base_model_name_or_path"] = base
+    if isinstance(described["target_modules"], list):
+        described["target_modules"].sort()  # peft writes a set, in hash order
+    file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_adapter(model: Any, path: Path, name: str) -> Any:
+    """The model with an adapter that `write_adapter` wrote."""
+    from peft import PeftModel
+
+    if getattr(model, "peft_config", None):
+        model.load_adapter(str(path), adapter_name=name, is_trainable=True)
+    else:
+        model = PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=True)
+    return _learning(model)
+
+
+def _learning(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    speed_up(model)
+    return model
 
 
 def _is_plain(layer: Any) -> bool:

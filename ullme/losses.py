@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ullme.pooling import at_least_float32
 
-__all__ = ["LogitHead", "entropy", "info_nce", "kl_alignment", "kto", "preference", "token_logprobs"]
+__all__ = ["entropy", "info_nce", "kl_alignment", "kto", "preference", "token_logprobs"]
 
 LOGIT_BYTES = 64 * 2**20
 
@@ -94,26 +94,6 @@ def entropy(scores: Float[Tensor, "Q K"], present: Bool[Tensor, "Q K"], *, tempe
 def _masked_log_softmax(logits: Tensor, present: Tensor) -> Tensor:
     lowest = torch.finfo(logits.dtype).min
     return functional.log_softmax(logits.masked_fill(~present, lowest), dim=1).masked_fill(~present, 0.0)
-
-
-class LogitHead(nn.Module):
-    """An LM head whose logits go through what its family does with them: a soft-cap (Gemma 2), a scale (Granite, Cohere)."""
-
-    def __init__(self, head: nn.Module, *, cap: float | None, scale: float) -> None:
-        super().__init__()
-        self.head, self.cap, self.scale = head, cap, scale
-
-    @classmethod
-    def of(cls, head: nn.Module, config: Any) -> nn.Module:
-        """The head itself, where the configuration names nothing of the kind."""
-        cap = getattr(config, "final_logit_softcapping", None)
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return head if not cap and scale == 1.0 else cls(head, cap=cap or None, scale=scale)
-
-    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Hidden state -> logits."""
-        logits = self.head(hidden) * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 def token_logprobs(hidden: Float[Tensor, "T D"], head: nn.Module, targets: Int[Tensor, " T"]) -> Float[Tensor, " T"]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,10 +36,25 @@ from ullme.errors import ContractError
 from ullme.fused import fused_layers
 from ullme.packed_attention import grouped_attention, in_window
 
-__all__ = ["HALF", "Packed", "fast_kernel", "kernel", "pack", "packed_hidden_states", "supports_packing", "unpack"]
+__all__ = [
+    "HALF",
+    "Packed",
+    "Packing",
+    "fast_kernel",
+    "kernel",
+    "pack",
+    "packed_hidden_states",
+    "proven_packing",
+    "supports_packing",
+    "unpack",
+]
+
+logger = logging.getLogger(__name__)
 
 NAME = "ullme_varlen"
 Kernel = Literal["flash_attn", "torch", "segments"]
+Packing = Literal["plain", "float32_residual"]
+"""float32_residual: a model in half precision adds up its layers in float32 (see `packed_hidden_states`)."""
 HALF = (torch.float16, torch.bfloat16)
 PROBE_LENGTHS = (7, 12, 4, 9)
 LONGEST_GROUPED = 1024  # longer sequences' scores are better never written out
@@ -157,6 +173,21 @@ def unpack(hidden: Float[Tensor, "T D"], mask: Bool[Tensor, "B S"]) -> Float[Ten
 
 
 # What may be packed
+
+
+def proven_packing(model: nn.Module, *, is_causal: bool, sliding_window: SlidingWindow) -> Packing | None:
+    """How sequences are packed where the weights are, by trial on these weights; None: they are better, or only right, padded."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" and not fast_kernel(model):
+        return None
+    ways: tuple[Packing, ...] = ("float32_residual", "plain") if weight.dtype in HALF else ("plain",)
+    for way in ways:
+        adding = way == "float32_residual"
+        reason = supports_packing(model, is_causal=is_causal, sliding_window=sliding_window, float32_residual=adding)
+        if reason is None:
+            return way
+        logger.debug("%s: %s", way, reason)
+    return None
 
 
 @torch.no_grad()
