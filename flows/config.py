@@ -86,6 +86,21 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _mixed_from_what_there_is(self) -> RunConfig:
+        """A mixture names data sets of this run."""
+        known = [self.data.called, *self.data.auxiliary]
+        problems = [
+            f"training.phases.{number}.mixture.datasets: '{name}' is no data set of this run; allowed: {', '.join(known)}"
+            + did_you_mean(name, known)
+            for number, phase in enumerate(self.training.phases)
+            for name in phase.mixture.datasets
+            if name not in known
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
     def resolved(self) -> RunConfig:
         """A copy with everything decided that depends on this machine or on the data: what the artifact keys follow from.
 

@@ -23,6 +23,13 @@ __all__ = ["page_rows", "plot", "show", "show_stages", "summarise"]
 
 ORDER = ("base", "tuned", "champion", "bm25")
 QUESTION_CHARACTERS = 90
+FEW_POINTS = 20
+SHARES = {
+    "accuracy": "by embeddings, in the batch",
+    "generation_accuracy": "by the language model, among its candidates",
+    "development_mrr": "MRR of the queries set aside",
+}
+"""What of a training step is drawn beside the loss."""
 
 
 def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotion, *, seconds: float) -> dict[str, Any]:
@@ -198,15 +205,21 @@ def plot(folder: Path, summary: Mapping[str, Any], model: ArtifactRef) -> None:
     metrics = model.path / "logs" / "metrics.jsonl"
     if metrics.is_file():
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for name in [
-            name for name in dict.fromkeys(key for row in rows for key in row) if name == "loss" or name.startswith("loss/")
-        ]:
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        losses, shares = figure.subplots(1, 2)
+        for name in dict.fromkeys(key for row in rows for key in row if key == "loss" or key.startswith("loss/")):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=2 if name == "loss" else 1)
-        axes.set(xlabel="step", ylabel="loss", title="Loss by term")
-        axes.legend()
+            style: Any = "--" if name.count("/") > 1 else "-"  # one data set's part of a term
+            width = 2 if name == "loss" else 1
+            losses.plot(*zip(*points, strict=True), style, label=name.removeprefix("loss/"), linewidth=width)
+        losses.set(xlabel="step", ylabel="loss", title="Loss by term")
+        for name, label in SHARES.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                shares.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < FEW_POINTS else None)
+        shares.set(xlabel="step", ylim=(0, 1.02), title="Does the positive come first?")
+        for axes in (losses, shares):
+            axes.legend()
         figure.savefig(folder / "loss.png", dpi=120)
     scores = model.path / "logs" / "scores.json"
     if scores.is_file():

@@ -98,13 +98,19 @@ class DataConfig(Section):
         """
         found = self.source.fingerprint()
         if self.auxiliary:
-            found = digest_of([found, {name: source.fingerprint() for name, source in self.auxiliary.items()}])
+            found = digest_of([found, {name: self._fingerprint(name) for name in self.auxiliary}])
         if self.source_digest and self.source_digest != found:
             raise DataError(
                 f"data.source ({self.source.kind}): expected contents {self.source_digest[:12]}, got {found[:12]}; "
                 "the files changed: bring the old ones back, or remove data.source_digest to use the new ones"
             )
         return self.model_copy(update={"source_digest": found})
+
+    def _fingerprint(self, name: str) -> str:
+        try:
+            return self.auxiliary[name].fingerprint()
+        except DataError as error:
+            raise DataError([f"data.auxiliary.{name}: {problem}" for problem in error.problems]) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.distributed import current
 from ullme.encoder import Encoder
-from ullme.errors import ConfigError, ContractError
+from ullme.errors import ContractError
 from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
@@ -398,16 +398,3 @@ class _Replay:
             for device, state in zip(self._devices, cuda, strict=True):
                 torch.cuda.set_rng_state(state, device)
             yield
-
-
-def require_reference(encoder: Encoder, objective: Objective, where: str) -> None:
-    """Refuse, before the first step, an objective whose reference model does not exist. where: the phase, for people.
-
-    Raises:
-        ConfigError: every weight is trained, so there is no model to compare with.
-    """
-    if objective.uses_reference and not encoder.has_adapter:
-        raise ConfigError(
-            f"{where}: objective '{objective.kind}' compares with the model as it was when the phase began, and every weight is "
-            f"trained; set {where}.generation.reference: stored, or training.adapter"
-        )

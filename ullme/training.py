@@ -168,6 +168,12 @@ class TrainConfig(Section):
                 raise ValueError(f"{where} needs one adapter; set adapter and leave generation_adapter out")
             if phase.adapter == "merge_then_new" and (self.adapter.base_bits is not None or self.runtime.shard):
                 raise ValueError(f"{where} needs the weights in full; leave out adapter.base_bits and runtime.shard")
+        for number, phase in enumerate(self.phases):
+            if self.adapter is None and phase.objective.uses_reference and phase.generation.reference == "live":
+                raise ValueError(
+                    f"phases.{number}: objective '{phase.objective.kind}' compares with the model as it was when the phase began, "
+                    f"and every weight is trained; set phases.{number}.generation.reference: stored, or adapter"
+                )
         if self.development is not None and (self.average_last or self.runtime.shard):
             other = "average_last" if self.average_last else "runtime.shard"
             raise ValueError(f"development and {other} do not go together: leave one of them out")
@@ -219,7 +225,6 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
 
     from ullme import distributed
     from ullme.encoder import Encoder
-    from ullme.gradcache import require_reference
 
     together = distributed.current()
     negatives = inputs["negatives"] if "negatives" in inputs else None  # noqa: SIM401 - Inputs is no mapping
@@ -229,9 +234,6 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     torch.manual_seed(draft.seed)
     encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
     _add_adapters(encoder, section)
-    for number, phase in enumerate(section.phases):
-        if phase.generation.reference == "live":
-            require_reference(encoder, phase.objective, f"training.phases.{number}")
     started = time.monotonic()
     budget = section.runtime.chunk_tokens
     with together.leader_first():  # the others read what it has made

@@ -64,6 +64,8 @@ def test_three_mistakes_are_three_lines(file: Path) -> None:
         ("training.phases=[]", "--set training.phases: expected at least 1 entries, got 0"),
         ("training.phases=3", "--set training.phases: expected a list, got 3"),
         ("training.adapter.targets=3", "--set training.adapter.targets: expected text or a list, got 3"),
+        ("training.phases.0.mixture={datasets: {pydoc: {}}}", "F: training.phases.0.mixture.datasets: 'pydoc' is no data set of this run; allowed: pydocs; did you mean 'pydocs'?"),
+        ("training.adapter=null", "F: training: phases.0: objective 'grl' compares with the model as it was when the phase began, and every weight is trained; set phases.0.generation.reference: stored, or adapter"),
         ("index.efsearch=3", "--set index.efsearch: unknown key 'efsearch'; allowed: kind, m, ef_construction, ef_search, codes; did you mean 'ef_search'?"),
         ("mining.miner={kind: mixed, miners: [{kind: bm25, depht: 3}]}", "--set mining.miner.miners.0.depht: unknown key 'depht'; allowed: kind, num_negatives, depth, skip_top, sampling, lexical; did you mean 'depth'?"),
         ("data.source.truncate=1", "--set data.source.truncate: unknown key 'truncate'"),
@@ -113,9 +115,10 @@ def test_a_file_that_is_not_there_names_the_nearest(file: Path) -> None:
 
 
 def test_overrides_are_read_as_yaml_and_reach_lists_and_components(file: Path) -> None:
-    config = load(file, ["training.phases.0.objective.beta=0.2", "training.adapter=null", "encoding.runtime.batch_tokens=100"])
+    changes = ["training.phases.0.objective.beta=0.2", "training.generation_adapter=null", "encoding.runtime.batch_tokens=100"]
+    config = load(file, changes)
     objective: Any = config.training.phases[0].objective
-    assert (objective.kind, objective.beta, config.training.adapter) == ("grl", 0.2, None)
+    assert (objective.kind, objective.beta, config.training.generation_adapter) == ("grl", 0.2, None)
     assert config.encoding.runtime.batch_tokens == 100
 
 

@@ -177,7 +177,8 @@ def weights(ref: ArtifactRef) -> dict[str, torch.Tensor]:
 def test_a_run_on_two_processes_ends_where_one_does(
     shard: bool, adapter: bool, refs: dict[str, ArtifactRef], tmp_path: Path
 ) -> None:
-    phases = (GRL, {**PHASE, "weight_decay": 0.1}) if adapter else (PHASE,)
+    stored = {**GRL, "generation": {**GRL["generation"], "reference": "stored"}, "learning_rate": 0.001}
+    phases = (GRL, {**PHASE, "weight_decay": 0.1}) if adapter else (PHASE, stored)
     settings: dict[str, Any] = {} if adapter else {"adapter": None}
     one = Store(tmp_path / "one").produce(TRAIN, config(*phases, **settings), refs, seed=1)
     runtime = {"processes": 2, "shard": shard, "chunk_tokens": 60, "checkpoint_every": 2}

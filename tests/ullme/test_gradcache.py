@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from toys import gradients, logprob_by_hand, tiny_encoder, toy_batch
 
-from ullme import gradcache, losses
+from ullme import losses
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
-from ullme.errors import ConfigError
 from ullme.gradcache import Representations, StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
@@ -572,10 +571,3 @@ def test_own_candidates_are_marked_and_missing_ones_are_not() -> None:
     marks = Representations(empty, torch.zeros(7, 4), torch.as_tensor(batch.candidates), torch.as_tensor(batch.known)).own
     expected = [{0, 1, 2}, {3, 0}, {4, 5, 1}, {0, 6, 3}, {5}]
     assert [set(row.nonzero().flatten().tolist()) for row in marks] == expected
-
-
-def test_a_reference_without_an_adapter_is_refused() -> None:
-    encoder = tiny_encoder()
-    with pytest.raises(ConfigError, match=r"set training\.adapter, or its preference weight to 0"):
-        gradcache.require_reference(encoder, GRL, "training.phases.0")
-    gradcache.require_reference(encoder, GRL.model_copy(update={"preference_weight": 0.0}), "training.phases.0")

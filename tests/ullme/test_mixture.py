@@ -255,6 +255,13 @@ def test_names_that_cannot_be_told_apart_are_refused(fields: dict[str, Any], sai
         DataConfig.model_validate({"source": pairs(tmp_path / "own.jsonl", ["one"]), **fields})
 
 
+def test_an_auxiliary_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = {"kind": "jsonl", "path": str(tmp_path / "nowhere.jsonl")}
+    section = DataConfig.model_validate({"source": pairs(tmp_path / "own.jsonl", ["one"]), "auxiliary": {"more": missing}})
+    with pytest.raises(DataError, match=r"data\.auxiliary\.more: .*nowhere\.jsonl: expected a JSON Lines file"):
+        section.resolved()
+
+
 def test_an_auxiliary_source_without_train_queries_is_refused(tmp_path: Path) -> None:
     rows = ({"query": f"q {n}", "pos": f"p {n}", "split": "test"} for n in range(3))
     tests = {"kind": "jsonl", "path": str(lines(tmp_path / "tests.jsonl", *rows))}
