@@ -59,7 +59,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if len(self.examples) < 2:
             raise DataError(f"training: expected at least 2 examples, got {len(self.examples)}; look at the data stage's counts")
-        assert self.mixture.places  # refuses names of data sets that are not there
+        _ = self.mixture  # refuses data sets that are not there before the first step
 
     @cached_property
     def mixture(self) -> Mixture:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +164,34 @@ def crashes() -> None:
 def test_a_process_that_crashes_ends_the_run() -> None:
     with pytest.raises((StageFailed, RuntimeError)):
         distributed.run(2, crashes)
+
+
+def speaks() -> None:
+    logging.getLogger("ullme.training").info("said by %d, 100%% sure", distributed.current().rank)
+    logging.getLogger("ullme.training").warning("warned by %d", distributed.current().rank)
+
+
+def test_the_first_process_speaks_through_this_ones_logger(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ullme"):
+        distributed.run(2, speaks)
+    said = [(record.levelno, record.getMessage()) for record in caplog.records if "by" in record.getMessage()]
+    assert said == [(logging.INFO, "said by 0, 100% sure"), (logging.WARNING, "warned by 0")]
+
+
+def in_turn(folder: str) -> list[str]:
+    here = distributed.current()
+    with here.leader_first():
+        if here.leads:
+            time.sleep(0.3)
+        seen = sorted(file.name for file in Path(folder).iterdir())
+        (Path(folder) / str(here.rank)).touch()
+    gathered: list[list[str]] = [[], []]
+    torch.distributed.all_gather_object(gathered, seen)
+    return gathered[1]
+
+
+def test_the_leader_goes_first(tmp_path: Path) -> None:
+    assert distributed.run(2, in_turn, str(tmp_path)) == ["0"]
 
 
 # Whole runs
