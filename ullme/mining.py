@@ -223,7 +223,8 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
     vectors = model_vectors(inputs, data, batch_tokens=section.runtime.batch_tokens) if "model" in inputs else None
     parts = []
     for name in dict.fromkeys(query.dataset for query in queries):
-        asked, pool = ([one for one in several if one.dataset == name] for several in (queries, documents))
+        asked = [query for query in queries if query.dataset == name]
+        pool = [document for document in documents if document.dataset == name]
         parts.append(_mined(section, MiningContext(asked, pool, draft.seed, vectors), name))
     queries = [query for part in parts for query in part.context.queries]
     passed_over = sum((part.selection.passed_over for part in parts), Counter[str]())

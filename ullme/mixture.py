@@ -121,7 +121,7 @@ class Mixture:
         return turns
 
     @cached_property
-    def _before(self) -> list[Mapping[str, int]]:
+    def _before(self) -> Sequence[Mapping[str, int]]:
         """Per step, and after the last: how many queries of each data set were drawn before."""
         counts = dict.fromkeys(self.shares, 0)
         found = [dict(counts)]

@@ -23,6 +23,7 @@ from ullme.components import Section, component
 from ullme.data import Example, read_examples
 from ullme.development import DevelopmentConfig, set_aside
 from ullme.guide import GuideConfig, guides
+from ullme.loop import Loop, Memory
 from ullme.mixture import MixtureConfig
 from ullme.objectives import Objective
 from ullme.sampling import GenerationScore, Sampler
