@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def stub() -> Any:
         @property
         def width(self) -> int:
             return DIM
+
+        def prepared(self) -> AbstractContextManager[None]:
+            return nullcontext()
 
         def packs(self, tokens: int) -> bool:  # noqa: ARG002
             return False

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ullme import folder
-from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, decoder_layers, hidden_states, is_encoder
+from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, decoder_layers, hidden_states, is_encoder, trunk
 from ullme.backbone import PoolingKind
 from ullme.batches import PASS_TOKENS, Batch, TokenRow, collate
 from ullme.components import Section
-from ullme.engine import stream
+from ullme.engine import batch_tokens_for, stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
+from ullme.fused import ordered_weights
+from ullme.heap import kept_memory
 from ullme.language_model import proven_head, summed_logprobs
 from ullme.latent import LatentAttention
 from ullme.lora import activate, add_adapter, read_adapter, switched_off, write_adapter
@@ -249,6 +251,16 @@ class Encoder:
     def packs(self, tokens: int) -> bool:
         """Whether rows of so many tokens in all are encoded faster side by side than padded, and come out the same."""
         return tokens >= PACK_FROM and self._packing is not None
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """On a CPU: memory is kept between passes, and weights lie as the products want them, as long as the block lasts."""
+        if self.device.type != "cpu":
+            yield
+            return
+        rows = batch_tokens_for(self.device)
+        with kept_memory(), ordered_weights(trunk(self.model), rows=rows) if self._packing else nullcontext():
+            yield
 
     def compile(self) -> None:
         """Compile each layer of the LLM for encoding, at the first batch (torch.compile; on a CPU it needs a C++ compiler)."""

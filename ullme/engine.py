@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ullme.batches import PASS_TOKENS, TokenRow, chunk_end, longest_first
 from ullme.errors import LimitExceeded, NotFinite
-from ullme.heap import kept_memory
 
 __all__ = [
     "BATCH_TOKENS",
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", bound=Hashable)
 Made = TypeVar("Made")
 
-BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 4_096
+BATCH_TOKENS, CPU_BATCH_TOKENS = 16_384, 8_192
 """Tokens per forward pass on a GPU and on a CPU, whose cache does not hold more of them."""
 WINDOW = 16_384
 """Texts that are sorted together; more of them would save little padding."""
@@ -56,8 +55,8 @@ GPU_PADDING = 2_048
 """Most padded tokens of a batch on a GPU, where a forward pass has a larger fixed part. Reckoned, not measured."""
 PIECE = 256
 """Texts handed to the tokenizer at once."""
-KEEP_MEMORY_FROM = 4_096
-"""Tokens of a window from which its passes on a CPU keep their memory until the window is done."""
+PREPARED_FROM = 4_096
+"""Tokens of a window from which it pays to prepare for its passes."""
 MOST_THREADS = 8
 OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC")
 
@@ -72,6 +71,10 @@ class Embedder(Protocol):
 
     def packs(self, tokens: int) -> bool:
         """Whether rows of so many tokens in all need no padding."""
+        ...
+
+    def prepared(self) -> contextlib.AbstractContextManager[None]:
+        """What pays for itself over many passes, as long as the block lasts."""
         ...
 
     def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Tensor:
@@ -301,8 +304,7 @@ def embed_rows(embedder: Embedder, rows: Sequence[TokenRow], budget: Budget) -> 
     packed = embedder.packs(int(lengths.sum()))
     padding = PASS_TOKENS if embedder.device.type == "cpu" else GPU_PADDING
     ends = falling.cumsum()
-    keeping = embedder.device.type == "cpu" and int(lengths.sum()) >= KEEP_MEMORY_FROM
-    with kept_memory() if keeping else contextlib.nullcontext():
+    with embedder.prepared() if int(lengths.sum()) >= PREPARED_FROM else contextlib.nullcontext():
         running: tuple[np.ndarray, Callable[[], np.ndarray]] | None = None
         start = 0
         while start < len(order):

@@ -26,7 +26,7 @@ SCORES_AT_ONCE = 2**21  # 4 MB in bfloat16: what stays in a CPU's cache between 
 class _Group:
     """Sequences that are computed together.
 
-    queries, keys: Int64, rows of the flat states [heads x T]; shape: of the scores, (key heads x sequences, query heads per key
+    queries, keys: Int64, rows of the flat states [T x heads]; shape: of the scores, (key heads x sequences, query heads per key
     head x width, width); added: 0 where a token is seen and -inf elsewhere, broadcast to the scores, or None if all are seen.
     """
 
@@ -50,7 +50,8 @@ def grouped_attention(
     """
     heads, tokens, width = query.shape[1:]
     groups, back = _plan(borders, heads, key.shape[1], window, query.dtype)
-    flat_query, flat_key, flat_value = (states.reshape(-1, states.shape[-1]) for states in (query, key, value))
+    # as a projection leaves them, token by token, so that this is a view
+    flat_query, flat_key, flat_value = (states.transpose(1, 2).reshape(-1, states.shape[-1]) for states in (query, key, value))
     out = query.new_empty(sum(group.shape[0] * group.shape[1] for group in groups), value.shape[-1])
     nothing = query.new_zeros(1, 1, 1)
     start = 0
@@ -75,7 +76,7 @@ def _plan(
     below, tokens = heads // key_heads, borders[-1]
     starts, lengths = np.array(borders[:-1]), np.diff(borders)
     widths = -(-lengths // WIDTH_STEP) * WIDTH_STEP
-    first_query, first_key = tokens * np.arange(heads).reshape(key_heads, 1, below, 1), tokens * np.arange(key_heads)
+    query_head, key_head = np.arange(heads).reshape(key_heads, 1, below, 1), np.arange(key_heads)[:, None, None]
     groups: list[_Group] = []
     back = np.empty((tokens, heads), dtype=np.int64)
     rows = 0
@@ -92,8 +93,8 @@ def _plan(
             rows += shape[0] * shape[1]
             groups.append(
                 _Group(
-                    torch.from_numpy((first_query + token[:, None]).reshape(-1)),
-                    torch.from_numpy((first_key[:, None, None] + token).reshape(-1)),
+                    torch.from_numpy((heads * token[:, None] + query_head).reshape(-1)),
+                    torch.from_numpy((key_heads * token + key_head).reshape(-1)),
                     shape,
                     _added(torch.from_numpy(inside), window, shape, dtype),
                 )

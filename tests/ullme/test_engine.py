@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,9 @@ class Glass:
     def tokenise(self, texts: Sequence[str]) -> list[TokenRow]:
         self.tokenised.append(len(texts))
         return [TokenRow([ord(letter) for letter in text[:20]], lost=max(0, len(text) - 20)) for text in texts]
+
+    def prepared(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def packs(self, tokens: int) -> bool:
         return self.pack

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from toys import tiny_encoder
 
-from ullme.fused import _forward_of, fused_layers
+from ullme.fused import _forward_of, fused_layers, ordered_weights
 from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 
@@ -43,6 +43,35 @@ def test_which_layers_are_replaced_and_that_they_come_back() -> None:
     assert replaced(gemma) == {"Gemma2RMSNorm"}  # its MLP has another activation
     assert not any("forward" in vars(module) for module in gemma.modules())
     assert replaced(tiny_causal_lm("gpt2")[0].to(BF16)) == set()
+
+
+def test_ordered_weights_give_the_same_as_long_as_the_block_lasts() -> None:
+    model = tiny_causal_lm("qwen2")[0].to(BF16).eval()  # its attention has biases
+    ids = torch.randint(5, 100, (2, 9))
+
+    def states() -> Tensor:
+        with torch.no_grad(), fused_layers(model):
+            return model(input_ids=ids, output_hidden_states=True).hidden_states[-1].float()
+
+    wanted = states()
+    with ordered_weights(model, rows=100):
+        assert "Linear" in replaced(model)
+        found = states()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.zero_()  # a copy is used: this is not seen
+        assert torch.equal(states(), found)
+    assert "Linear" not in replaced(model)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+    assert not torch.equal(states(), found)
+
+
+def test_weights_of_large_models_and_of_single_precision_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ordered_weights(tiny_causal_lm("llama")[0], rows=100):
+        assert "Linear" not in replaced(tiny_causal_lm("llama")[0])
+    model = tiny_causal_lm("llama")[0].to(BF16)
+    monkeypatch.setattr("ullme.fused.ORDERED_BYTES", 1000)
+    with ordered_weights(model, rows=100):
+        assert "Linear" not in replaced(model)
 
 
 def test_a_gradient_or_an_adapter_leaves_them_alone() -> None:
