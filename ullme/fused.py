@@ -34,7 +34,7 @@ def ordered_weights(trunk: nn.Module, *, rows: int) -> Iterator[None]:
 
     The weights must not change in it. rows: about how many each product has. Does nothing where a layer's own product is better.
     """
-    layers = [module for module in trunk.modules() if _is_half_linear(module)]
+    layers = [module for module in trunk.modules() if isinstance(module, nn.Linear) and _is_half_linear(module)]
     order = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     fits = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) <= ORDERED_BYTES
     if order is not None and fits and torch.backends.mkldnn.is_available():
