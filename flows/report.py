@@ -219,7 +219,8 @@ def plot(folder: Path, summary: Mapping[str, Any], model: ArtifactRef) -> None:
                 shares.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < FEW_POINTS else None)
         shares.set(xlabel="step", ylim=(0, 1.02), title="Does the positive come first?")
         for axes in (losses, shares):
-            axes.legend()
+            if axes.get_lines():
+                axes.legend()
         figure.savefig(folder / "loss.png", dpi=120)
     scores = model.path / "logs" / "scores.json"
     if scores.is_file():

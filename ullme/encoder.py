@@ -37,7 +37,7 @@ from ullme.pooling import pool
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
 from ullme.shared_prefix import continued_states, shares_prefix
-from ullme.varlen import Packing, pack, packed_hidden_states, proven_packing, unpack
+from ullme.varlen import Packing, pack, packed_at_once, proven_packing, unpack
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig
@@ -89,6 +89,7 @@ class Encoder:
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
+        self._compiled = False
         self._head: tuple[Any, nn.Module] | None = None
         self._reference: dict[str, Tensor] | None = None
         if config.dim is not None and config.dim > self.width:
@@ -234,19 +235,30 @@ class Encoder:
 
     def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Float[Tensor, "B D"]:
         """The same for token rows, without gradient: as a padded batch, or packed side by side where `packs` says so."""
-        batch = self.collate(rows)
         if not packed or len(rows) == 1:
-            return self.embed(batch)
+            return self.embed(self.collate(rows))
         if len(self.adapters) > 1:
             activate(self.model, "embedding")
-        hidden = packed_hidden_states(
+        parts = self._parts(rows)
+        hidden = packed_at_once(
             self.model,
-            pack([row.ids for row in rows], device=self.device),
+            [pack([row.ids for row in part], device=self.device) for part in parts],
             is_causal=self.config.attention == "causal",
             sliding_window=self.config.sliding_window,
             float32_residual=self._packing == "float32_residual",
         )
-        return self._pooled(unpack(hidden, batch.attention_mask), batch)
+        batches = [self.collate(part) for part in parts]
+        pooled = [self._pooled(unpack(of, batch.attention_mask), batch) for of, batch in zip(hidden, batches, strict=True)]
+        return torch.cat(pooled)
+
+    def _parts(self, rows: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
+        """The rows that are computed at once: on a CPU two halves of the tokens, where that is enough for both."""
+        ends = np.cumsum([len(row) for row in rows])
+        several = self.device.type == "cpu" and torch.get_num_threads() > 1 and not torch.is_grad_enabled() and not self._compiled
+        if not several or ends[-1] < 2 * PACK_FROM or len(rows) < 2:
+            return [rows]
+        half = min(len(rows) - 1, max(1, int(np.searchsorted(ends, ends[-1] / 2)) + 1))
+        return [rows[:half], rows[half:]]
 
     def packs(self, tokens: int) -> bool:
         """Whether rows of so many tokens in all are encoded faster side by side than padded, and come out the same."""
@@ -265,6 +277,7 @@ class Encoder:
     def compile(self) -> None:
         """Compile each layer of the LLM for encoding, at the first batch (torch.compile; on a CPU it needs a C++ compiler)."""
         self.packs(PACK_FROM)  # the proof runs shapes of its own, for which nothing shall be compiled
+        self._compiled = True
         for layer in decoder_layers(self.model):
             layer.compile(dynamic=True)
 

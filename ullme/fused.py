@@ -3,14 +3,19 @@
     RMS norm        root, scale and weight without the temporaries of its definition
     linear layer    bfloat16: its weight in oneDNN's own order, made once by `ordered_weights` and not in every product
     gated MLP       silu(x G) * (x U) within the two products, for bfloat16 linear layers without bias
+    rotation        x cos + (its halves changed) sin, token by token as the projections leave them (arXiv 2104.09864, eq. 34)
 
 A layer is replaced only where, on numbers of its own size, it gives what its own code gives; others run as they are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +27,7 @@ __all__ = ["fused_layers", "ordered_weights"]
 
 Forward = Callable[[Tensor], Tensor]
 PROBE_ROWS = 8
+ROTATION = "apply_rotary_pos_emb"
 ORDERED_BYTES = 2**30
 """Weights that are copied at most; those of larger models are large matrices, whose order matters less."""
 _made: WeakKeyDictionary[nn.Module, Forward | None] = WeakKeyDictionary()
@@ -70,11 +76,17 @@ def fused_layers(trunk: nn.Module) -> Iterator[None]:
                 continue
             replaced.append(module)
             module.forward = forward  # type: ignore[method-assign]
+    source = sys.modules[type(trunk).__module__]
+    rotation = _rotation(source) if replaced else None
+    if rotation is not None:
+        setattr(source, ROTATION, rotation.fast)
     try:
         yield
     finally:
         for module in replaced:
             del module.forward
+        if rotation is not None:
+            setattr(source, ROTATION, rotation.own)
 
 
 def _forward_of(module: nn.Module) -> Forward | None:
@@ -86,6 +98,50 @@ def _forward_of(module: nn.Module) -> Forward | None:
     if module not in _made:
         _made[module] = made(module)
     return _made[module]
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """A family's own function of rotary positions, and one that gives the same."""
+
+    own: Callable[..., Any]
+    fast: Callable[..., Any]
+
+
+@lru_cache(maxsize=64)
+def _rotation(source: ModuleType) -> _Rotation | None:
+    """That of a module of transformers, if it rotates halves (others rotate neighbours, or a part)."""
+    own = getattr(source, ROTATION, None)
+    if own is None:
+        return None
+
+    def fast(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **more: Any) -> Any:
+        width = q.shape[-1]
+        usual = cos.ndim == 3 and cos.shape[-1] == width and width % 2 == 0 and q.dtype == k.dtype == cos.dtype == sin.dtype
+        if others or more or torch.is_grad_enabled() or not usual:
+            return own(q, k, cos, sin, *others, **more)
+        half = width // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2)
+        return _rotated(q, cos.unsqueeze(2), signed), _rotated(k, cos.unsqueeze(2), signed)
+
+    made = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 5, heads, 8, generator=made).transpose(1, 2) for heads in (4, 2))
+    angles = torch.randn(1, 5, 4, generator=made).repeat(1, 1, 2)
+    try:
+        with torch.no_grad():
+            wanted, found = own(q, k, angles.cos(), angles.sin()), fast(q, k, angles.cos(), angles.sin())
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    alike = all(torch.allclose(one, other, atol=1e-5) for one, other in zip(wanted, found, strict=True))
+    return _Rotation(own, fast) if alike else None
+
+
+def _rotated(
+    x: Float[Tensor, "B H T E"], cos: Float[Tensor, "B T 1 E"], signed: Float[Tensor, "B T 1 E"]
+) -> Float[Tensor, "B H T E"]:
+    x = x.transpose(1, 2)
+    half = x.shape[-1] // 2
+    return (x * cos).addcmul_(torch.cat((x[..., half:], x[..., :half]), -1), signed).transpose(1, 2)
 
 
 def _is_rms_norm(module: Any) -> bool:

@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +44,7 @@ __all__ = [
     "fast_kernel",
     "kernel",
     "pack",
+    "packed_at_once",
     "packed_hidden_states",
     "proven_packing",
     "supports_packing",
@@ -105,23 +107,61 @@ def packed_hidden_states(
     model in half precision adds up its layers in float32: the products stay in half precision, the sum is not rounded to it
     sixty times. The result is then float32.
     """
+    settings: Any = {"is_causal": is_causal, "sliding_window": sliding_window, "float32_residual": float32_residual}
+    return packed_at_once(model, [packed], **settings)[0]
+
+
+def packed_at_once(
+    model: nn.Module,
+    parts: Sequence[Packed],
+    *,
+    is_causal: bool,
+    sliding_window: SlidingWindow = "symmetric",
+    float32_residual: bool = False,
+) -> list[Float[Tensor, "T D"]]:
+    """The same for several rows of sequences, each with its share of the CPU's threads, without gradient if there are several.
+
+    While one part moves memory the other multiplies, and neither waits for the other's threads after every operation.
+    """
     inner: Any = trunk(model)
     adding = _adding_in_float32(inner) if float32_residual else nullcontext()
-    mode = _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=packed.longest)
+    longest = max(packed.longest for packed in parts)
+    mode = _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=longest)
     fused = nullcontext() if _is_compiled(inner) else fused_layers(inner)
     with mode, _switched(inner), adding, fused:
-        return inner(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            # all ones, not None: from restarting positions alone transformers would make masks of its own
-            attention_mask=torch.ones_like(packed.input_ids),
-            is_causal=is_causal,
-            use_cache=False,
-            cu_seq_lens_q=packed.borders,
-            cu_seq_lens_k=packed.borders,
-            max_length_q=packed.longest,
-            max_length_k=packed.longest,
-        ).last_hidden_state[0]
+        if len(parts) == 1:
+            return [_states(inner, parts[0], is_causal)]
+        threads = torch.get_num_threads()
+
+        def run(packed: Packed) -> Tensor:
+            torch.set_num_threads(max(1, threads // len(parts)))  # of the thread that calls
+            with torch.inference_mode():
+                return _states(inner, packed, is_causal)
+
+        try:
+            return list(_pool(len(parts)).map(run, parts))
+        finally:
+            torch.set_num_threads(threads)  # what threads begin with that are still to come
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="encode")
+
+
+def _states(inner: Any, packed: Packed, is_causal: bool) -> Float[Tensor, "T D"]:
+    return inner(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        # all ones, not None: from restarting positions alone transformers would make masks of its own
+        attention_mask=torch.ones_like(packed.input_ids),
+        is_causal=is_causal,
+        use_cache=False,
+        cu_seq_lens_q=packed.borders,
+        cu_seq_lens_k=packed.borders,
+        max_length_q=packed.longest,
+        max_length_k=packed.longest,
+    ).last_hidden_state[0]
 
 
 def _is_compiled(inner: nn.Module) -> bool:

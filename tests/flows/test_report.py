@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from flows.report import page_rows, plot, show
@@ -72,10 +73,11 @@ def test_the_end_says_what_was_measured_released_and_what_to_do_next() -> None:
         assert words in text
 
 
-def test_plots_are_made_of_what_training_wrote(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"loss/contrastive/nli": 0.4, "accuracy": 0.5, "development_mrr": 0.3}])
+def test_plots_are_made_of_what_training_wrote(more: dict[str, float], tmp_path: Path) -> None:
     logs = tmp_path / "model" / "logs"
     logs.mkdir(parents=True)
-    rows = [{"step": step, "loss": 1 / step, "loss/contrastive": 0.5 / step} for step in (1, 2, 3)]
+    rows = [{"step": step, "loss": 1 / step, "loss/contrastive": 0.5 / step, **more} for step in (1, 2, 3)]
     (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (logs / "scores.json").write_text(
         json.dumps({when: {"positive": [0.5, 0.6], "negative": [0.1]} for when in ("before", "after")})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from toys import tiny_encoder
 
-from ullme.fused import _forward_of, fused_layers, ordered_weights
+from ullme.fused import ROTATION, _forward_of, _rotation, fused_layers, ordered_weights
 from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 
@@ -72,6 +73,34 @@ def test_weights_of_large_models_and_of_single_precision_are_not_copied(monkeypa
     monkeypatch.setattr("ullme.fused.ORDERED_BYTES", 1000)
     with ordered_weights(model, rows=100):
         assert "Linear" not in replaced(model)
+
+
+@pytest.mark.parametrize(("family", "fast"), [("llama", True), ("qwen3", True), ("cohere", False), ("gpt2", False)])
+def test_rotation_is_replaced_where_halves_are_rotated_and_comes_back(family: str, fast: bool) -> None:
+    model = tiny_causal_lm(family)[0].eval()
+    source = sys.modules[type(model).__module__]
+    own = getattr(source, ROTATION, None)
+    with torch.no_grad(), fused_layers(model):
+        assert (getattr(source, ROTATION, None) is not own) == fast
+    assert getattr(source, ROTATION, None) is own
+    with fused_layers(model):
+        assert getattr(source, ROTATION, None) is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_fast_rotation_is_the_familys_own(dtype: torch.dtype) -> None:
+    source = sys.modules[type(tiny_causal_lm("llama")[0]).__module__]
+    own = getattr(source, ROTATION)
+    found = _rotation(source)
+    assert found is not None
+    made = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, 7, heads, 16, generator=made).transpose(1, 2).to(dtype) for heads in (6, 2))
+    angles = torch.randn(2, 7, 8, generator=made).repeat(1, 1, 2)
+    for rotations in ((angles.cos().to(dtype), angles.sin().to(dtype)), (angles.cos(), angles.sin())):
+        with torch.no_grad():
+            for one, other in zip(found.fast(q, k, *rotations), own(q, k, *rotations), strict=True):
+                assert one.dtype == other.dtype
+                assert torch.allclose(one.float(), other.float(), atol=1e-6 if dtype == torch.float32 else 0.04)
 
 
 def test_a_gradient_or_an_adapter_leaves_them_alone() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from ullme import varlen
 from ullme.attention import hidden_states
 from ullme.backbone import BackboneConfig, load_causal_lm
 from ullme.batches import TokenRow, collate
@@ -27,6 +29,7 @@ from ullme.pooling import POOLINGS, pool
 from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 from ullme.varlen import (
+    Packed,
     kernel,
     pack,
     packed_hidden_states,
@@ -251,6 +254,56 @@ def test_sums_in_float32_are_nearer_to_the_exact_vectors() -> None:
     away, plain, before = (1 - (vectors * exact).sum(1) for vectors in (nearer, rounded, padded))
     assert np.median(away) <= min(np.median(plain), np.median(before))
     assert np.percentile(away, 99) <= min(np.percentile(plain, 99), np.percentile(before, 99))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_halves_at_once_are_the_whole(dtype: torch.dtype) -> None:
+    model: Any
+    model, tokenizer = tiny_causal_lm("llama")
+    encoder = Encoder(model.to(dtype), tokenizer, EncoderConfig(base="tiny"))
+    rows = [TokenRow(np.arange(3, 3 + length)) for length in sorted(range(20, 90), reverse=True)]
+    encoder.packs(5_000)
+    with torch.inference_mode():
+        assert len(encoder._parts(rows)) == 2
+        found = encoder.embed_rows(rows, packed=True)
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert len(encoder._parts(rows)) == 1
+        whole = encoder.embed_rows(rows, packed=True)
+    assert torch.allclose(found, whole, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_one_half_is_raised_and_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny_encoder(max_tokens=512)
+    rows = [TokenRow(np.arange(3, 103)) for _ in range(40)]
+    encoder.packs(5_000)
+    plain = varlen._states
+
+    def fails(inner: Any, packed: Packed, is_causal: bool) -> torch.Tensor:
+        if len(packed.borders) == 21:
+            raise MemoryError("one half does not fit")
+        return plain(inner, packed, is_causal)
+
+    before = encoder.model.config._attn_implementation
+    with torch.inference_mode():
+        wanted = encoder.embed_rows(rows, packed=True)
+        monkeypatch.setattr(varlen, "_states", fails)
+        with pytest.raises(MemoryError, match="one half"):
+            encoder.embed_rows(rows, packed=True)
+        monkeypatch.undo()
+        assert torch.equal(encoder.embed_rows(rows, packed=True), wanted)
+    assert encoder.model.config._attn_implementation == before
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.slow
