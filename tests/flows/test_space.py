@@ -346,7 +346,7 @@ def test_a_disk_that_somebody_fills_costs_one_line_and_no_step_before_the_checkp
     stopped, completed, digest, undisturbed, expected = runs_of(full(body, tmp_path, ULLME, SMOKE))
     assert (stopped[0], completed[0], undisturbed[0]) == (1, 0, 0), (stopped, completed, undisturbed)
     assert re.match(
-        r"stage train failed: .*/work/model-\w+.*(state\.safetensors|metrics\.jsonl)\)?: No space left on device; make room .* run again",
+        r"stage train failed: .*/work/model-\w+.*(state\.safetensors\.partial|metrics\.jsonl)\)?: No space left on device; make room .* run again",
         stopped[1][-1],
     )
     assert not any("Traceback" in line for line in stopped[1])
