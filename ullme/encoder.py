@@ -37,7 +37,7 @@ from ullme.pooling import pool
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role
 from ullme.shared_prefix import continued_states, shares_prefix
-from ullme.varlen import Packing, pack, packed_at_once, proven_packing, unpack
+from ullme.varlen import Packing, is_compiled, pack, packed_at_once, proven_packing, unpack
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig
@@ -89,7 +89,6 @@ class Encoder:
             raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
         self.pooler = pooler
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
-        self._compiled = False
         self._head: tuple[Any, nn.Module] | None = None
         self._reference: dict[str, Tensor] | None = None
         if config.dim is not None and config.dim > self.width:
@@ -254,8 +253,8 @@ class Encoder:
     def _parts(self, rows: Sequence[TokenRow]) -> list[Sequence[TokenRow]]:
         """The rows that are computed at once: on a CPU two halves of the tokens, where that is enough for both."""
         ends = np.cumsum([len(row) for row in rows])
-        several = self.device.type == "cpu" and torch.get_num_threads() > 1 and not torch.is_grad_enabled() and not self._compiled
-        if not several or ends[-1] < 2 * PACK_FROM or len(rows) < 2:
+        shared = self.device.type == "cpu" and torch.get_num_threads() % 2 == 0 and not torch.is_grad_enabled()
+        if not shared or ends[-1] < 2 * PACK_FROM or len(rows) < 2 or is_compiled(trunk(self.model)):
             return [rows]
         half = min(len(rows) - 1, max(1, int(np.searchsorted(ends, ends[-1] / 2)) + 1))
         return [rows[:half], rows[half:]]
@@ -277,7 +276,6 @@ class Encoder:
     def compile(self) -> None:
         """Compile each layer of the LLM for encoding, at the first batch (torch.compile; on a CPU it needs a C++ compiler)."""
         self.packs(PACK_FROM)  # the proof runs shapes of its own, for which nothing shall be compiled
-        self._compiled = True
         for layer in decoder_layers(self.model):
             layer.compile(dynamic=True)
 

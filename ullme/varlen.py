@@ -18,7 +18,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,6 +42,7 @@ __all__ = [
     "Packed",
     "Packing",
     "fast_kernel",
+    "is_compiled",
     "kernel",
     "pack",
     "packed_at_once",
@@ -127,7 +128,7 @@ def packed_at_once(
     adding = _adding_in_float32(inner) if float32_residual else nullcontext()
     longest = max(packed.longest for packed in parts)
     mode = _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=longest)
-    fused = nullcontext() if _is_compiled(inner) else fused_layers(inner)
+    fused = nullcontext() if is_compiled(inner) else fused_layers(inner)
     with mode, _switched(inner), adding, fused:
         if len(parts) == 1:
             return [_states(inner, parts[0], is_causal)]
@@ -138,8 +139,10 @@ def packed_at_once(
             with torch.inference_mode():
                 return _states(inner, packed, is_causal)
 
+        running = [_pool(len(parts)).submit(run, packed) for packed in parts]
         try:
-            return list(_pool(len(parts)).map(run, parts))
+            wait(running)  # also where one has failed: the others still run in this mode
+            return [one.result() for one in running]
         finally:
             torch.set_num_threads(threads)  # what threads begin with that are still to come
 
@@ -164,7 +167,8 @@ def _states(inner: Any, packed: Packed, is_causal: bool) -> Float[Tensor, "T D"]
     ).last_hidden_state[0]
 
 
-def _is_compiled(inner: nn.Module) -> bool:
+def is_compiled(inner: nn.Module) -> bool:
+    """Whether its layers were compiled."""
     return any(layer._compiled_call_impl is not None for layer in decoder_layers(inner))
 
 

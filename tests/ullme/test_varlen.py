@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -287,11 +289,16 @@ def test_an_error_in_one_half_is_raised_and_leaves_everything_as_it_was(monkeypa
     encoder = tiny_encoder(max_tokens=512)
     rows = [TokenRow(np.arange(3, 103)) for _ in range(40)]
     encoder.packs(5_000)
-    plain = varlen._states
+    plain, lock, modes = varlen._states, Lock(), []
 
     def fails(inner: Any, packed: Packed, is_causal: bool) -> torch.Tensor:
-        if len(packed.borders) == 21:
+        with lock:
+            first = not modes
+            modes.append(inner.config._attn_implementation)
+        if first:
             raise MemoryError("one half does not fit")
+        time.sleep(0.3)
+        modes.append(inner.config._attn_implementation)
         return plain(inner, packed, is_causal)
 
     before = encoder.model.config._attn_implementation
@@ -301,6 +308,7 @@ def test_an_error_in_one_half_is_raised_and_leaves_everything_as_it_was(monkeypa
         with pytest.raises(MemoryError, match="one half"):
             encoder.embed_rows(rows, packed=True)
         monkeypatch.undo()
+        assert modes == [varlen.NAME] * 3, "the other half ended in the mode that it began in"
         assert torch.equal(encoder.embed_rows(rows, packed=True), wanted)
     assert encoder.model.config._attn_implementation == before
     assert torch.get_num_threads() == 2
