@@ -35,7 +35,7 @@ from ullme.latent import LatentAttention
 from ullme.lora import activate, add_adapter, read_adapter, switched_off, write_adapter
 from ullme.pooling import pool
 from ullme.progress import Progress
-from ullme.prompts import PromptConfig, Prompts, Role
+from ullme.prompts import PromptConfig, Prompts, Role, places_of
 from ullme.shared_prefix import continued_states, shares_prefix
 from ullme.varlen import Packing, is_compiled, pack, packed_at_once, proven_packing, unpack
 
@@ -318,16 +318,11 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise ContractError("encode: expected a list of texts, got one string; write encode([text])")
-        said = [""] * len(texts) if instructions is None else instructions
-        datasets = [dataset] * len(texts) if isinstance(dataset, str) else dataset
-        for name, each in (("instructions", said), ("dataset", datasets)):
-            if len(each) != len(texts):
-                raise ContractError(f"{name}: expected one per text ({len(texts)}), got {len(each)}")
-        items = list(zip(texts, datasets, said, strict=True))
+        items = list(zip(texts, places_of(texts, dataset, instructions), strict=True))
 
-        def tokenise(items: Sequence[tuple[str, str, str]]) -> list[TokenRow]:
-            asked, own, words = ([item[place] for item in items] for place in range(3))
-            return self.tokenise(asked, prompt, dataset=own, instructions=words)
+        def tokenise(items: Sequence[tuple[str, tuple[str, str]]]) -> list[TokenRow]:
+            own, said = ([place[which] for _, place in items] for which in range(2))
+            return self.tokenise([text for text, _ in items], prompt, dataset=own, instructions=said)
 
         vectors = np.empty((len(items), self.dim), dtype=np.float32)
         with self._evaluating(), Progress(len(items), "encode", unit="text") if progress else nullcontext() as bar:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ullme.batches import TokenRow
 
-__all__ = ["DatasetPrompts", "PromptConfig", "Prompts", "Role"]
+__all__ = ["DatasetPrompts", "PromptConfig", "Prompts", "Role", "places_of"]
 
 Role = Literal["query", "document"]
 TEXT, INSTRUCTION = "{text}", "{instruction}"
@@ -116,12 +116,7 @@ class Prompts:
         Raises:
             ContractError: not as many instructions, or data sets, as texts.
         """
-        datasets = [dataset] * len(texts) if isinstance(dataset, str) else dataset
-        said = instructions or [""] * len(texts)
-        for name, each in (("instructions", said), ("dataset", datasets)):
-            if len(each) != len(texts):
-                raise ContractError(f"{name}: expected one per text ({len(texts)}), got {len(each)}")
-        places = list(zip(datasets, said, strict=True))
+        places = places_of(texts, dataset, instructions)
         frames = {place: self._frame(role, *place) for place in set(places)}
         return self._rows(texts, [frames[place] for place in places])
 
@@ -187,6 +182,20 @@ class Prompts:
         if self._fast is not None:
             return [encoding.ids for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
         return self._tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def places_of(texts: Sequence[str], dataset: str | Sequence[str], instructions: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(data set, instruction) of each text. dataset: of all, or of each; instructions: of each, None = the configured one.
+
+    Raises:
+        ContractError: not as many as texts.
+    """
+    datasets = [dataset] * len(texts) if isinstance(dataset, str) else dataset
+    said = [""] * len(texts) if instructions is None else instructions
+    for name, each in (("instructions", said), ("dataset", datasets)):
+        if len(each) != len(texts):
+            raise ContractError(f"{name}: expected one per text ({len(texts)}), got {len(each)}")
+    return list(zip(datasets, said, strict=True))
 
 
 def end_texts_with(tokenizer: PreTrainedTokenizerBase, begin: Sequence[int], end: Sequence[int]) -> None:
