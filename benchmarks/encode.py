@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep what is measured in this folder, and go on with what is there")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=SMOLLM2, help="the LLM on a CPU, as `backbone.model` takes it")
-    parser.add_argument("--batch-tokens", type=int, help="tokens per forward pass; 4096 on a CPU and 32768 on a GPU by default")
+    parser.add_argument("--batch-tokens", type=int, help=f"tokens per pass; by default {CPU_BATCH_TOKENS} on a CPU, 32768 on a GPU")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else Effort()
     text = ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_gradcache import LORA, OBJECTIVES, SEEDS, learned_of, of_learned
-from test_training import GRL, PHASE, Killed, config, kill_at, refs, rows_of
+from test_training import GRL, PHASE, config, killed, refs, rows_of
 from toys import tiny_encoder, toy_batch
 
 from ullme import distributed
@@ -225,11 +225,7 @@ def test_a_run_on_two_processes_ends_where_one_does(
 def test_two_processes_go_on_where_a_killed_one_was(shard: bool, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     section = config(PHASE, {**GRL, "steps": 3}, runtime={"checkpoint_every": 2})
     one = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 6, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, section, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), section, refs, 6)
     runtime = {"checkpoint_every": 2, "processes": 2, "shard": shard}
     two = store.produce(TRAIN, config(PHASE, {**GRL, "steps": 3}, runtime=runtime), refs, seed=1)
     assert all(torch.allclose(weights(two)[name], value, atol=1e-3) for name, value in weights(one).items())

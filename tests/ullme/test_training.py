@@ -397,6 +397,15 @@ def weights_after_every_step(patch: pytest.MonkeyPatch) -> list[dict[str, torch.
     return seen
 
 
+def killed(store: Store, section: TrainConfig, refs: dict[str, ArtifactRef], step: int, moment: str = "before") -> Store:
+    """The store after a training that died there."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, step, moment)
+        with pytest.raises(Killed):
+            store.produce(TRAIN, section, refs, seed=1)
+    return store
+
+
 @pytest.fixture(scope="module")
 def undisturbed(refs: dict[str, ArtifactRef], tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
     return Store(tmp_path_factory.mktemp("undisturbed")).produce(TRAIN, TWO_PHASES, refs, seed=1)
@@ -418,11 +427,7 @@ def undisturbed(refs: dict[str, ArtifactRef], tmp_path_factory: pytest.TempPathF
 def test_a_killed_run_goes_on_to_the_bit_equal_result(
     step: int, moment: str, refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path
 ) -> None:
-    store = Store(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, moment)
-        with pytest.raises(Killed):
-            store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    store = killed(Store(tmp_path), TWO_PHASES, refs, step, moment)
     left = [file.suffix for file in (tmp_path / "work").rglob("*") if file.is_file()]
     assert set(left) <= {".json", ".jsonl", ".safetensors"}  # nothing pickled
     ref = store.produce(TRAIN, TWO_PHASES, refs, seed=1)
@@ -437,11 +442,7 @@ def test_a_killed_run_goes_on_to_the_bit_equal_result(
 def test_a_resumed_run_does_not_repeat_finished_steps(
     refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 6, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+    store = killed(Store(tmp_path), TWO_PHASES, refs, 6)
     plain, steps = Loop.advance, []
     monkeypatch.setattr(Loop, "advance", lambda self, s, phase, step: (steps.append((phase, step)), plain(self, s, phase, step))[1])
     store.produce(TRAIN, TWO_PHASES, refs, seed=1)
@@ -454,11 +455,7 @@ def test_a_run_with_a_guide_goes_on_to_the_bit_equal_result_and_encodes_nothing_
 ) -> None:
     section = config(guided(guide_folder), runtime={"checkpoint_every": 1})
     expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, section, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), section, refs, step)
     left = [file.suffix for file in (tmp_path / "two/work").rglob("*") if file.is_file()]
     assert set(left) <= {".json", ".jsonl", ".safetensors"}
     monkeypatch.setattr("ullme.guide._encoded", lambda *_, **__: pytest.fail("the guide encoded again"))
@@ -470,21 +467,14 @@ def test_a_run_with_a_guide_goes_on_to_the_bit_equal_result_and_encodes_nothing_
 def test_two_crashes_in_a_row_do_no_harm(refs: dict[str, ArtifactRef], undisturbed: ArtifactRef, tmp_path: Path) -> None:
     store = Store(tmp_path)
     for step in (3, 2):
-        with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, step, "after")
-            with pytest.raises(Killed):
-                store.produce(TRAIN, TWO_PHASES, refs, seed=1)
+        killed(store, TWO_PHASES, refs, step, "after")
     assert store.produce(TRAIN, TWO_PHASES, refs, seed=1).digest == undisturbed.digest
 
 
 def test_full_fine_tuning_resumes_bit_equal_too(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     section = config(PHASE, adapter=None, runtime={"checkpoint_every": 1})
     expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 3, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, section, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), section, refs, 3)
     assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
 
 
@@ -716,11 +706,7 @@ def test_a_run_whose_adapter_changed_resumes_bit_equal(
 ) -> None:
     section = config(PHASE, last_phase(policy), runtime={"checkpoint_every": 1})
     expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, section, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), section, refs, step)
     assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
 
 
@@ -744,11 +730,7 @@ def test_a_preference_compares_with_the_model_at_the_beginning_of_its_phase(refs
 @pytest.mark.parametrize("step", [4, 5])
 def test_what_it_compares_with_survives_a_crash(step: int, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     expected = Store(tmp_path / "one").produce(TRAIN, WARMED_UP, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, WARMED_UP, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), WARMED_UP, refs, step)
     made = store.produce(TRAIN, WARMED_UP, refs, seed=1)
     assert (made.digest, rows_of(made)) == (expected.digest, rows_of(expected))
 
@@ -795,11 +777,7 @@ def test_a_stored_reference_gives_the_steps_of_a_live_one_and_none_gives_others(
 def test_a_stored_reference_survives_a_crash(step: int, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     section = config(compared("stored"), compared("stored"), runtime={"checkpoint_every": 2})
     expected = Store(tmp_path / "one").produce(TRAIN, section, refs, seed=1)
-    store = Store(tmp_path / "two")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, step, "before")
-        with pytest.raises(Killed):
-            store.produce(TRAIN, section, refs, seed=1)
+    store = killed(Store(tmp_path / "two"), section, refs, step)
     assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
 
 
@@ -820,7 +798,7 @@ def test_kto_needs_a_live_reference() -> None:
 # Averages
 
 
-def test_the_last_weights_are_averaged(refs: dict[str, ArtifactRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_weights_are_averaged(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
     section = config(PHASE, last_phase("continue", steps=4), average_last=3, runtime={"checkpoint_every": 1})
     with pytest.MonkeyPatch.context() as patch:
         seen = weights_after_every_step(patch)
@@ -830,11 +808,7 @@ def test_the_last_weights_are_averaged(refs: dict[str, ArtifactRef], tmp_path: P
         own = name.replace(".weight", ".embedding.weight")
         mean = torch.stack([weights[own] for weights in seen[-3:]]).mean(0)
         assert torch.allclose(tensor, mean, atol=1e-7)
-    store = Store(tmp_path / "two")
-    kill_at(monkeypatch, 7, "before")
-    with pytest.raises(Killed):
-        store.produce(TRAIN, section, refs, seed=1)
-    monkeypatch.undo()
+    store = killed(Store(tmp_path / "two"), section, refs, 7)
     assert store.produce(TRAIN, section, refs, seed=1).digest == expected.digest
     assert weights_of(expected) != weights_of(store.produce(TRAIN, section.model_copy(update={"average_last": 0}), refs, seed=1))
 
