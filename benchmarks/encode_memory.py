@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -142,7 +141,9 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK:,} texts")
     arguments = parser.parse_args(given)
     result = measure(QUICK, shard_rows=5_000) if arguments.quick else measure(COUNT)
-    result["machine"] = {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
+    from encode import machine
+
+    result["machine"] = machine()
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.json:
