@@ -56,6 +56,29 @@ def test_every_file_of_the_tree_exists() -> None:
     assert not missing
 
 
+def test_the_speeds_shown_are_those_that_were_kept() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    kept = json.loads((results / "encode.json").read_text(encoding="utf-8"))
+    assert not kept["quick"]
+    for corpus in ("pydocs", "scifact"):
+        assert f"{kept[corpus]['ratio_defaults']:.2f} times" in page
+        for dtype in ("bfloat16", "float32"):
+            cell = kept[corpus][dtype]
+            speed = cell["tokens_per_s"]
+            ratios = f"{cell['ratio_equal_dtype']:.2f} | {cell['ratio_bare_trunk']:.2f}"
+            batches = f"(batches of {cell['peer_batch_size']})"
+            assert f"| {corpus}, {dtype} | {speed['ours']:,} | {speed['peer']:,} {batches} | {ratios} |" in page
+        for who in ("ours-bfloat16", "peer-bfloat16"):
+            error = kept[corpus]["error"][who]
+            assert f"| {error['median']:.1e} | {error['percentile_1']:.1e} |" in page
+    assert f"takes {kept['pydocs']['ratio_equal_dtype']:.1f} times" in README
+    assert f"{kept['scifact']['ratio_equal_dtype']:.1f} times (abstracts)" in README
+    memory = json.loads((results / "encode_memory.json").read_text(encoding="utf-8"))
+    assert f"{memory['bytes_per_document']:.0f} bytes of resident memory" in page
+    assert f"{memory['documents_per_s']:,} documents per second" in page
+
+
 def test_the_scores_shown_are_those_of_the_kept_run() -> None:
     kept = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
     for system in ("base", "tuned", "bm25"):
