@@ -20,16 +20,14 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from encode import NOT_RUN, SMOLLM2, machine
+from runs import Runs, write_tables
 
 from ullme.artifacts import ArtifactRef, Store, write_atomic
 from ullme.backbone import BACKBONE, BackboneConfig
@@ -142,18 +140,12 @@ def collections(effort: Effort, data: Path | None) -> list[Collection]:
 
 
 class Bench:
-    """A folder with a store, and a row per run that has ended."""
+    """The stages of one run, in a store that all runs share."""
 
     def __init__(self, folder: Path, effort: Effort, data: Path | None) -> None:
-        self.folder, self.effort = folder, effort
+        self.effort = effort
         self.store = Store(folder / "store")
         self.collections = {collection.name: collection for collection in collections(effort, data)}
-        (folder / "rows").mkdir(parents=True, exist_ok=True)
-
-    def row_file(self, collection: str, strategy: str, seed: int) -> Path:
-        """Where the row of a run is kept."""
-        slug = "".join(character if character.isalnum() or character in ".-" else "_" for character in strategy)
-        return self.folder / "rows" / f"{collection}-{slug}-{seed}.json"
 
     def common(self, collection: str) -> dict[str, ArtifactRef]:
         """Data, base model and negatives, the same for every run."""
@@ -231,61 +223,29 @@ class Bench:
 # All runs
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Starts what is missing, each run in a process of its own, and adds up the seconds."""
-
-    bench: Bench
-    arguments: Sequence[str]
-
-    def row(self, collection: str, strategy: str, seed: int) -> dict[str, Any]:
-        """The row of a run, made now where there is none."""
-        file = self.bench.row_file(collection, strategy, seed)
-        if not file.is_file():
-            print(f"{time.strftime('%H:%M:%S')} {collection}, {strategy}, seed {seed}", flush=True)
-            started = time.monotonic()
-            try:
-                command = [sys.executable, __file__, *self.arguments, "--one", json.dumps([collection, strategy, seed])]
-                subprocess.run(command, check=True)
-            finally:
-                self._spend(time.monotonic() - started)
-            made = json.loads(file.read_text(encoding="utf-8"))
-            counted = self.bench.collections[collection].counted(list(made["per_query"]), screening=True)
-            print(f"  {METRIC} {mean_of(made, counted):.4f}, {time.monotonic() - started:.0f} s", flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def _spend(self, seconds: float) -> None:
-        write_atomic(self.bench.folder / "spent.json", json.dumps(round(self.spent() + seconds, 1)))
-
-    def spent(self) -> float:
-        """Seconds of all runs, also of those that were interrupted."""
-        file = self.bench.folder / "spent.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
-
-
 def mean_of(row: Mapping[str, Any], queries: Sequence[str]) -> float:
     """Mean score of these queries."""
     return statistics.fmean(row["per_query"][query] for query in queries)
 
 
-def screen(runner: Runner) -> dict[str, Any]:
+def screen(runs: Runs, bench: Bench) -> dict[str, Any]:
     """Every strategy once."""
-    collection = runner.bench.collections["pydocs"]
+    collection = bench.collections["pydocs"]
     found: dict[str, Any] = {}
-    strategies = SCREEN if runner.bench.effort.every_strategy else (CL, ULLME, SCREEN[-1])
+    strategies = SCREEN if bench.effort.every_strategy else (CL, ULLME, SCREEN[-1])
     for name in (BM25, BASE, WARM_UP, *(strategy.name for strategy in strategies)):
-        row = runner.row("pydocs", name, 0)
+        row = runs.row("pydocs", name, 0)
         queries = collection.counted(list(row["per_query"]), screening=True)
         found[name] = {METRIC: round(mean_of(row, queries), 4), **{key: row[key] for key in row if key != "per_query"}}
     chosen = max((s.name for s in strategies if s.objective["kind"] == "grl"), key=lambda name: found[name][METRIC])
     return {"queries": len(queries), "rows": found, "best_grl": chosen}
 
 
-def confirm(runner: Runner, collection: Collection, chosen: str) -> dict[str, Any]:
+def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: str) -> dict[str, Any]:
     """The compared strategies with every seed: mean, spread over seeds, and how they differ from contrastive learning."""
     names = list(dict.fromkeys([WARM_UP, CL.name, ULLME.name, SFT.name, DPO.name, chosen]))
-    rows = {name: [runner.row(collection.name, name, seed) for seed in runner.bench.effort.seeds] for name in names}
-    alone = {name: [runner.row(collection.name, name, 0)] for name in (BM25, BASE)}
+    rows = {name: [runs.row(collection.name, name, seed) for seed in seeds] for name in names}
+    alone = {name: [runs.row(collection.name, name, 0)] for name in (BM25, BASE)}
     queries = collection.counted(list(rows[CL.name][0]["per_query"]), screening=False)
     averaged = {
         name: [statistics.fmean(row["per_query"][query] for row in of) for query in queries]
@@ -307,16 +267,16 @@ def confirm(runner: Runner, collection: Collection, chosen: str) -> dict[str, An
     return {"queries": len(queries), "rows": found}
 
 
-def everything(runner: Runner) -> Iterator[dict[str, Any]]:
+def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known after each part."""
-    result: dict[str, Any] = {"effort": vars(runner.bench.effort), "machine": machine()}
-    result["screen"] = screen(runner)
-    yield {**result, "hours": round(runner.spent() / 3600, 2)}
+    result: dict[str, Any] = {"effort": vars(bench.effort), "machine": machine()}
+    result["screen"] = screen(runs, bench)
+    yield {**result, "hours": round(runs.spent() / 3600, 2)}
     result["confirmation"] = {}
     for name in ("pydocs", "squad_sent"):
-        collection = runner.bench.collections.get(name)
-        result["confirmation"][name] = confirm(runner, collection, result["screen"]["best_grl"]) if collection else NOT_RUN
-        yield {**result, "hours": round(runner.spent() / 3600, 2)}
+        collection, best = bench.collections.get(name), result["screen"]["best_grl"]
+        result["confirmation"][name] = confirm(runs, bench.effort.seeds, collection, best) if collection else NOT_RUN
+        yield {**result, "hours": round(runs.spent() / 3600, 2)}
 
 
 # For people
@@ -350,19 +310,6 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
 
 
-def write_tables(file: Path, text: str) -> None:
-    """Put the tables between the page's two marks.
-
-    Raises:
-        SystemExit: it has none.
-    """
-    page = file.read_text(encoding="utf-8")
-    start, end = "<!-- tables: begin -->\n", "<!-- tables: end -->"
-    if start not in page or end not in page:
-        raise SystemExit(f"{file}: expected the marks {start.strip()} and {end} to write the tables between")
-    write_atomic(file, page.partition(start)[0] + start + text + end + page.partition(end)[2])
-
-
 def main() -> None:
     """Run what is missing, print, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -376,19 +323,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ullme-results-") as scratch:
         folder = arguments.work or Path(scratch)
         bench = Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
-        if arguments.one:
-            collection, strategy, seed = json.loads(arguments.one)
-            row = bench.run(collection, strategy, seed)
-            write_atomic(bench.row_file(collection, strategy, seed), json.dumps(row))
-            return
         again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
         again += ["--data", str(arguments.data)] if arguments.data else []
-        for result in everything(Runner(bench, again)):
+        runs = Runs(folder, __file__, again)
+        if arguments.one:
+            name = json.loads(arguments.one)
+            runs.keep(name, bench.run(*name))
+            return
+        for result in everything(runs, bench):
             if arguments.json:
                 write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
             text = tables(result)
             if arguments.write:
-                write_tables(arguments.write, text)
+                write_tables(arguments.write, "strategies", text)
         print(text)
 
 

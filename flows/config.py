@@ -25,6 +25,7 @@ from ullme.encoding import EncodeConfig
 from ullme.errors import ConfigError
 from ullme.evaluation import EvalConfig
 from ullme.mining import MiningConfig
+from ullme.synthetic import SyntheticConfig
 from ullme.training import TrainConfig
 
 __all__ = ["RunConfig", "load", "to_yaml", "validate"]
@@ -40,6 +41,8 @@ class RunConfig(Section):
     store: Path = Path(".store")
     data: DataConfig
     backbone: BackboneConfig
+    synthetic: SyntheticConfig | None = None
+    """Queries that the LLM writes for documents, to train on; null: none."""
     mining: MiningConfig = Field(default_factory=MiningConfig)
     training: TrainConfig
     encoding: EncodeConfig = EncodeConfig()
@@ -68,7 +71,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _measured(self) -> RunConfig:
         """What decides the promotion must be something that is measured."""
-        labels = [task.label for task in self.evaluation.tasks]
+        labels = [task.label for task in self.evaluation.tasks if task.ranks_documents]
         known = self.evaluation.metrics
         named = {"metric": [self.promotion.metric], "must_not_drop": self.promotion.must_not_drop}
         problems = [
@@ -77,7 +80,9 @@ class RunConfig(Section):
             for metric in metrics
             if metric not in known
         ]
-        if self.promotion.task and self.promotion.task not in labels:
+        if not labels:
+            problems.append("evaluation.tasks: expected one that ranks documents and decides the promotion; add {kind: retrieval}")
+        elif self.promotion.task and self.promotion.task not in labels:
             problems.append(
                 f"promotion.task: '{self.promotion.task}' is not in evaluation.tasks; allowed: {', '.join(labels)}"
                 + did_you_mean(self.promotion.task, labels)
@@ -101,6 +106,24 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _special_tokens_where_they_are_read(self) -> RunConfig:
+        """What reads texts through special tokens needs a model that has them."""
+        problems = [
+            f"training.phases.{number}.objective: '{phase.objective.kind}' reads texts through special tokens; set "
+            "backbone.pooling: special and backbone.attention: causal"
+            for number, phase in enumerate(self.training.phases)
+            if phase.objective.uses_special_tokens and self.backbone.pooling != "special"
+        ]
+        if self.training.frozen_trunk and self.backbone.pooling not in ("special", "latent_attention"):
+            problems.append(
+                f"training.frozen_trunk: pooling: {self.backbone.pooling} has no weights of its own, so nothing would learn; set "
+                "backbone.pooling: special"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
     def resolved(self) -> RunConfig:
         """A copy with everything decided that depends on this machine or on the data: what the artifact keys follow from.
 
@@ -119,8 +142,8 @@ class RunConfig(Section):
 
     @property
     def decisive_task(self) -> str:
-        """The task that decides the promotion: `promotion.task`, else the first that is measured."""
-        return self.promotion.task or self.evaluation.tasks[0].label
+        """The task that decides the promotion: `promotion.task`, else the first that ranks documents."""
+        return self.promotion.task or next(task.label for task in self.evaluation.tasks if task.ranks_documents)
 
     @property
     def pinned(self) -> bool:

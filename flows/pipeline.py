@@ -89,12 +89,17 @@ class Pipeline:
             if config.promotion.through == "index":
                 indexed.add("base")
             start = "champion" if config.training.start_from == "champion" and self.champion is not None else "backbone"
-            mining = {"data": "data", **({"model": "backbone"} if config.mining.miner.needs_model else {})}
-            steps += [
-                self._step("backbone", "backbone", config.backbone, {}),
-                self._step("mine", "mine", config.mining, mining),
-                self._step("train", "train", config.training, {"data": "data", "negatives": "mine", "model": start}),
-            ]
+            steps.append(self._step("backbone", "backbone", config.backbone, {}))
+            learned_from = "data"
+            if config.synthetic is not None:
+                learned_from = "synthetic"
+                steps.append(self._step("synthetic", "synthesise", config.synthetic, {"data": "data", "model": "backbone"}))
+            mining = {"data": learned_from, **({"model": "backbone"} if config.mining.miner.needs_model else {})}
+            negatives = {}
+            if config.training.reads_pairs:
+                steps.append(self._step("mine", "mine", config.mining, mining))
+                negatives["negatives"] = "mine"
+            steps.append(self._step("train", "train", config.training, {"data": learned_from, **negatives, "model": start}))
         for who, model in models.items():
             steps.append(self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model}))
         index = {who: "index" if who == "tuned" else f"index {who}" for who in models if who in indexed}

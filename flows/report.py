@@ -96,8 +96,11 @@ def _former(pipeline: Pipeline) -> dict[str, ArtifactRef]:
 
 
 def _ordered(scores: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The metrics of each task in the order of the configuration."""
-    return {task: {metric: values[metric] for metric in metrics if metric in values} for task, values in scores.items()}
+    """The metrics of each task in the order of the configuration, then those of the task's own."""
+    return {
+        task: {metric: values[metric] for metric in dict.fromkeys((*metrics, *values)) if metric in values}
+        for task, values in scores.items()
+    }
 
 
 def _question(pipeline: Pipeline) -> str:

@@ -32,6 +32,7 @@ from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError, UllmeError
 from ullme.evaluation import EVALUATE, EvalConfig, evaluate
 from ullme.mining import MINE, MiningConfig
+from ullme.synthetic import SYNTHESISE, SyntheticConfig
 from ullme.training import TRAIN, TrainConfig
 
 __all__ = ["OUT_OF_MEMORY", "STAGES", "Outcome", "Request", "StageRequest", "Work", "main"]
@@ -88,6 +89,7 @@ STAGES: dict[str, Work] = {
     "data": Work(replace(PREPARE, space=data_space), DataConfig.model_validate, seeded=False),
     "backbone": Work(BACKBONE, BackboneConfig.model_validate, seeded=False),
     "mine": Work(MINE, MiningConfig.model_validate),
+    "synthesise": Work(SYNTHESISE, SyntheticConfig.model_validate),
     "train": Work(TRAIN, TrainConfig.model_validate),
     "encode": Work(ENCODE, EncodeConfig.model_validate, seeded=False),
     "index": Work(Stage("index", "index", 1, build_index, space), partial(resolve, "indexes")),

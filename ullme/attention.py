@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ullme.bottleneck import PREFIX, SPECIAL, SUFFIX, bottleneck_mask, model_masks
 from ullme.errors import ConfigError
 from ullme.reach import reach
 
@@ -25,7 +26,10 @@ __all__ = [
     "AttentionReport",
     "LayerAttention",
     "SlidingWindow",
+    "attention_dropout",
+    "check_attention_dropout",
     "check_bidirectional",
+    "check_bottleneck",
     "decoder_layers",
     "hidden_states",
     "is_encoder",
@@ -101,8 +105,11 @@ def hidden_states(
     *,
     is_causal: bool,
     sliding_window: SlidingWindow = "symmetric",
+    segments: Int[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B S D"]:
     """Last hidden states of the trunk, adapters included; padding may stand on either side and changes no real token's state.
+
+    segments: where a text ends, and where what only sees it through special tokens begins (see `ullme.bottleneck`); causal.
 
     What a layer needs to know of the mode travels in its arguments, so recomputation under gradient checkpointing, after this
     call has returned, sees the same mode. States at padding have no meaning.
@@ -117,6 +124,12 @@ def hidden_states(
             f"backbone.attention: {type(inner).__name__} is an encoder and always bidirectional; set attention: bidirectional"
         )
     arguments = _arguments(inner, attention_mask, is_causal=is_causal, encoder=encoder)
+    if segments is not None:
+        positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        seen = bottleneck_mask(segments, attention_mask)
+        arguments["attention_mask"] = model_masks(inner, seen, positions)
+        if "position_ids" in inspect.signature(inner.forward).parameters:
+            arguments["position_ids"] = positions
     if encoder:
         return inner(input_ids=input_ids, **arguments).last_hidden_state
     with _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=input_ids.shape[1]):
@@ -177,6 +190,58 @@ def _mode(inner: Any, *, is_causal: bool, sliding_window: SlidingWindow, tokens:
                 setattr(config, name, before[name])
             else:
                 delattr(config, name)
+
+
+DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p")
+"""What attention modules call their dropout: a number, or a module that has it."""
+
+
+@contextmanager
+def attention_dropout(model: nn.Module, share: float) -> Iterator[None]:
+    """The share of attention weights that is dropped in training, as long as the block lasts.
+
+    Raises:
+        ConfigError: the model's attention has no dropout that could be set.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in trunk(model).modules():
+        names = DROPOUTS if not type(module).__name__.startswith("OPT") else ("dropout",)
+        for name in names:
+            value = getattr(module, name, None)
+            owner, field = (value, "p") if isinstance(value, nn.Dropout) else (module, name)
+            if "Attention" in type(module).__name__ and isinstance(getattr(owner, field, None), float | int):
+                before.append((owner, field, getattr(owner, field)))
+    if not before:
+        raise ConfigError(f"{type(trunk(model)).__name__}: its attention has no dropout that could be set; set dropout: 0")
+    try:
+        for owner, field, _ in before:
+            setattr(owner, field, share)
+        yield
+    finally:
+        for owner, field, value in before:
+            setattr(owner, field, value)
+
+
+def check_attention_dropout(model: nn.Module) -> None:
+    """Prove on these weights that `attention_dropout` drops something; the model is left as it was.
+
+    Raises:
+        ConfigError: it changes nothing (Falcon without ALiBi has no such dropout, whatever its configuration says).
+    """
+    ids = torch.arange(3, 3 + PROBE_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+    found = []
+    with _undisturbed(model), torch.no_grad():
+        model.train()
+        for share in (0.0, 0.5):
+            torch.manual_seed(0)  # so that whatever else is dropped is the same
+            with attention_dropout(model, share):
+                found.append(hidden_states(model, ids, torch.ones_like(ids, dtype=torch.bool), is_causal=True))
+        model.eval()
+    if torch.equal(*found):
+        raise ConfigError(
+            f"{type(trunk(model)).__name__}: dropout of its attention changes nothing, so both passes of a text would be the same; "
+            "use another attn_implementation, or objective gem"
+        )
 
 
 def expand_mask(mask: Tensor) -> Tensor | None:
@@ -261,6 +326,38 @@ def check_bidirectional(
     return report
 
 
+def check_bottleneck(model: nn.Module) -> None:
+    """Prove on these weights that what follows special tokens sees a text through them alone; the model is left as it was.
+
+    Raises:
+        ConfigError: layers see more than the mask lets them, or less; names them.
+    """
+    name = type(trunk(model)).__name__
+    mask = torch.ones(2, PROBE_TOKENS, dtype=torch.bool)
+    mask[1, :2] = False
+    kinds = [PREFIX] * (PROBE_TOKENS - 5) + [SPECIAL] * 2 + [SUFFIX] * 3
+    segments = torch.tensor([kinds, kinds])
+    expected = bottleneck_mask(segments, mask)
+    wrong: set[int] = set()
+    try:
+        with _undisturbed(model):
+            for position in (PROBE_TOKENS - 6, PROBE_TOKENS - 4, PROBE_TOKENS - 1):  # a token of each kind, the last of its kind
+                reached = layer_reach(model, mask, position=position, is_causal=True, segments=segments)
+                for index, found in enumerate(reached):
+                    full = _kind(model, index, "symmetric")[1] is None
+                    unseen = full and bool((expected[:, position] & ~found).any())
+                    if unseen or bool((found & ~expected[:, position]).any()):
+                        wrong.add(index)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"backbone.pooling: special: {name} does not take the mask of special tokens ({reason})") from error
+    if wrong or not decoder_layers(model):
+        raise ConfigError(
+            f"backbone.pooling: special: {name}: layers {sorted(wrong)} do not keep to the mask of special tokens; use another "
+            "attn_implementation, or pooling: last"
+        )
+
+
 def _problem(report: AttentionReport, *, where_possible: bool) -> str:
     """Why this is not bidirectional attention and what to do, or nothing."""
     stuck = [layer for layer in report.layers if not layer.bidirectional]
@@ -317,15 +414,17 @@ def layer_reach(
     position: int,
     is_causal: bool,
     sliding_window: SlidingWindow = "symmetric",
+    segments: Int[Tensor, "B S"] | None = None,
 ) -> list[Bool[Tensor, "B S"]]:
     """Per layer: True where the layer's input moves its output at `position`. Call it in evaluation mode."""
     device = next(model.parameters()).device
     rows, tokens = attention_mask.shape
     ids = torch.arange(3, 3 + tokens, device=device).expand(rows, tokens)
     mask = attention_mask.to(device)
+    parts = None if segments is None else segments.to(device)
 
     def forward() -> None:
-        hidden_states(model, ids, mask, is_causal=is_causal, sliding_window=sliding_window)
+        hidden_states(model, ids, mask, is_causal=is_causal, sliding_window=sliding_window, segments=parts)
 
     return reach(decoder_layers(model), forward, position=position)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage, sha256_file
 from ullme.components import Section
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16"]
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
-PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max", "latent_attention"]
+PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max", "latent_attention", "special"]
 TINY_PARAMETERS = {"llama": 90_560}  # other families bring sizes of their own
 TOKENIZER_GROWTH = 3  # a tokenizer as JSON, against the same in a GGUF file
 SETTINGS_BYTES = 10_000
@@ -56,6 +56,16 @@ class LatentConfig(Section):
 
     count: int = Field(default=512, ge=1)
     heads: int = Field(default=8, ge=1)
+
+
+class SpecialConfig(Section):
+    """The special tokens behind a text that its embedding is read from (GEM, arXiv 2506.04344)."""
+
+    count: int = Field(default=1, ge=1)
+    merge: Literal["mean", "concat"] = "mean"
+    """How the states of several become one vector."""
+    head: bool = False
+    """A square linear layer above them: something to train where the LLM itself stays as it is."""
 
 
 class BackboneConfig(Section):
@@ -76,6 +86,8 @@ class BackboneConfig(Section):
     pooling: PoolingKind = "mean"
     latents: LatentConfig = LatentConfig()
     """Of pooling: latent_attention."""
+    special: SpecialConfig = SpecialConfig()
+    """Of pooling: special."""
     pool_prompt: bool = False
     """The prompt's tokens are pooled like the text's."""
     dim: int | None = Field(default=None, ge=1)
@@ -85,6 +97,14 @@ class BackboneConfig(Section):
     prompts: PromptConfig = PromptConfig()
     source_digest: str = ""
     """Filled in by `resolved`: sha256 of the weights' file, or the pinned revision."""
+
+    @model_validator(mode="after")
+    def _special_tokens_look_back(self) -> BackboneConfig:
+        if self.pooling == "special" and self.attention != "causal":
+            raise ValueError(
+                "pooling: special reads a text in one direction, so that the LLM goes on writing; set attention: causal"
+            )
+        return self
 
     def resolved(self) -> BackboneConfig:
         """A copy with `dtype` decided for this machine and `source_digest` taken from the weights.
@@ -267,6 +287,7 @@ def embedder(config: BackboneConfig) -> Encoder:
     """
     from ullme.encoder import Encoder, EncoderConfig
     from ullme.latent import LatentAttention
+    from ullme.special import SpecialTokens
 
     model, tokenizer = load_causal_lm(config)
     pooler = None
@@ -275,6 +296,12 @@ def embedder(config: BackboneConfig) -> Encoder:
         if width % config.latents.heads:
             raise ConfigError(f"backbone.latents.heads: expected a divisor of the hidden size {width}, got {config.latents.heads}")
         pooler = LatentAttention(width, config.latents.count, config.latents.heads)
+    if config.pooling == "special":
+        embeddings: Any = model.get_input_embeddings()
+        special = config.special
+        width = int(model.config.get_text_config().hidden_size)
+        pooler = SpecialTokens(width, special.count, first=len(embeddings.weight), merge=special.merge, head=special.head)
+        pooler.draw(embeddings)
     encoder = Encoder(
         model,
         tokenizer,

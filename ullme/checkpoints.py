@@ -127,7 +127,10 @@ def training_space(section: TrainConfig, inputs: Inputs) -> int | None:
     sizes = inputs.sizes("model")
     tensors = stored_tensors(inputs.ref("model").path)
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors") and "/" not in name)
-    if section.adapter is None:
+    if section.frozen_trunk:
+        pooling = [size for name, size in sizes.items() if name.endswith(".safetensors") and "/" in name]
+        adapter, trained, checkpoint = 0, len(pooling), copies * sum(pooling)
+    elif section.adapter is None:
         adapter, trained = 0, len(tensors)
         checkpoint = copies * weights
     else:

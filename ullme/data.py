@@ -32,7 +32,19 @@ from ullme.splits import split_queries
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["PREPARE", "DataConfig", "Dataset", "Document", "Example", "Query", "prepare", "read_examples"]
+__all__ = [
+    "PREPARE",
+    "DataConfig",
+    "Dataset",
+    "Document",
+    "Example",
+    "Query",
+    "counted",
+    "prepare",
+    "read_examples",
+    "read_texts",
+    "write_tables",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +177,8 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
     documents = _documents([doc for part in (records, *auxiliary) for doc in part.documents], queries, section.max_documents)
     kept = {document.id for document in documents}
     queries = [replace(query, negatives=tuple(doc for doc in query.negatives if doc in kept)) for query in queries]
-    _write(draft.path, documents, queries, section.called)
-    draft.meta |= _counts(documents, queries) | dict(records.counts) | made
+    write_tables(draft.path, documents, queries, section.called)
+    draft.meta |= counted(documents, queries) | dict(records.counts) | made
     draft.meta |= {name: count for part in auxiliary for name, count in part.counts.items()}
     draft.meta |= {"skipped": len(problems), "queries_on_two_sides": leaked}
     logger.info("data: %s", ", ".join(f"{name} {count}" for name, count in draft.meta.items()))
@@ -299,7 +311,8 @@ def _documents(documents: list[Document], queries: list[Query], cap: int | None)
     ]
 
 
-def _counts(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str, int]:
+def counted(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str, int]:
+    """What a data artifact's manifest says of it."""
     contents = Counter(normalise(document.content) for document in documents)
     texts = Counter(normalise(query.text) for query in queries)
     return {
@@ -313,7 +326,8 @@ def _counts(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str
     }
 
 
-def _write(path: Path, documents: Sequence[Document], queries: Sequence[Query], called: str) -> None:
+def write_tables(path: Path, documents: Sequence[Document], queries: Sequence[Query], called: str) -> None:
+    """Write a data artifact's tables. called: the data set's name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -457,6 +471,16 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
             )
         )
     return examples
+
+
+def read_texts(data_path: Path) -> list[Example]:
+    """The documents that training may see, each the query and the positive of itself; one of those that read the same."""
+    data = Dataset.open(data_path)
+    found = {normalise(document.content): document for document in reversed(data.training_documents())}
+    return [
+        Example(doc.id, doc.content, (doc.id,), (doc.content,), dataset=doc.dataset or data.name)
+        for doc in reversed(found.values())
+    ]
 
 
 def _mined(data: Dataset, path: Path) -> dict[str, list[tuple[str, float]]]:

@@ -16,27 +16,40 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ullme import folder
-from ullme.attention import AttentionReport, SlidingWindow, check_bidirectional, decoder_layers, hidden_states, is_encoder, trunk
+from ullme.attention import (
+    AttentionReport,
+    SlidingWindow,
+    check_bidirectional,
+    check_bottleneck,
+    decoder_layers,
+    hidden_states,
+    is_encoder,
+    trunk,
+)
 from ullme.backbone import PoolingKind
 from ullme.batches import PASS_TOKENS, Batch, TokenRow, collate
+from ullme.bottleneck import segments_of
 from ullme.components import Section
 from ullme.engine import batch_tokens_for, stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.fused import ordered_weights
 from ullme.heap import kept_memory
-from ullme.language_model import proven_head, summed_logprobs
+from ullme.language_model import chosen, proven_head, summed_logprobs, written
 from ullme.latent import LatentAttention
 from ullme.lora import activate, add_adapter, read_adapter, switched_off, write_adapter
+from ullme.losses import token_logprobs
 from ullme.pooling import pool
+from ullme.prediction import PredictedRow
 from ullme.progress import Progress
-from ullme.prompts import PromptConfig, Prompts, Role, places_of
+from ullme.prompts import PromptConfig, Prompts, Role, chat_parts, places_of
 from ullme.shared_prefix import continued_states, shares_prefix
+from ullme.special import SpecialTokens
 from ullme.varlen import Packing, is_compiled, pack, packed_at_once, proven_packing, unpack
 
 if TYPE_CHECKING:
@@ -47,7 +60,7 @@ __all__ = ["Encoder", "EncoderConfig", "Role"]
 logger = logging.getLogger(__name__)
 
 AdapterName = Literal["embedding", "generation"]
-Pooler = LatentAttention | folder.ForeignPooling
+Pooler = LatentAttention | SpecialTokens | folder.ForeignPooling
 SHARED_FROM = 2 * PASS_TOKENS
 """Tokens of prompts that are not computed again, from which a pass of their own pays."""
 PACK_FROM = 1024
@@ -68,6 +81,8 @@ class EncoderConfig(Section):
     max_tokens: int = 512
     prompts: PromptConfig = PromptConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    language: Literal["adapter", "base"] = "adapter"
+    """What a single adapter that is attached does for the language model: it serves it too, or is switched off."""
     base: str = ""
     """Where the weights came from, for people."""
 
@@ -85,9 +100,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.model.eval()
-        if pooler is None and config.pooling == "latent_attention":
-            raise ContractError("pooling: latent_attention has weights of its own; expected them as `pooler`")
+        if pooler is None and config.pooling in ("latent_attention", "special"):
+            raise ContractError(f"pooling: {config.pooling} has weights of its own; expected them as `pooler`")
         self.pooler = pooler
+        if isinstance(pooler, SpecialTokens):
+            if config.attention != "causal":
+                raise ConfigError("backbone.attention: special tokens read a text in one direction; set attention: causal")
+            pooler.attach(self.model.get_input_embeddings())
         self._packings: dict[tuple[str, torch.dtype], Packing | None] = {}
         self._head: tuple[Any, nn.Module] | None = None
         self._reference: dict[str, Tensor] | None = None
@@ -100,8 +119,9 @@ class Encoder:
             raise ConfigError(
                 f"{config.base}: the tokenizer has neither a padding nor an end-of-text token; set one before loading"
             )
-        self.prompts = Prompts(config.prompts, tokenizer, config.max_tokens)
-        if self.prompts.suffix and self.prompts.before("query") and not config.pool_prompt and config.pooling != "last":
+        self.prompts = Prompts(config.prompts, tokenizer, config.max_tokens, special=self.special_ids)
+        counts_all = config.pool_prompt or config.pooling in ("last", "special")
+        if self.prompts.suffix and self.prompts.before("query") and not counts_all:
             raise ConfigError(
                 f"backbone.pooling: {config.pooling} with a prompt that is left out and a suffix: sentence-transformers, which "
                 "counts the suffix as prompt, would leave out the text's first tokens too; use pooling: last, or pool_prompt: true"
@@ -146,7 +166,7 @@ class Encoder:
     @property
     def width(self) -> int:
         """Length of what the pooling makes."""
-        if isinstance(self.pooler, folder.ForeignPooling):
+        if isinstance(self.pooler, folder.ForeignPooling | SpecialTokens):
             return self.pooler.dim
         return int(self.model.config.get_text_config().hidden_size)
 
@@ -154,6 +174,11 @@ class Encoder:
     def dim(self) -> int:
         """Length of an embedding."""
         return self.config.dim or self.width
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The special tokens behind every text that is embedded, as token ids; none for other ways of pooling."""
+        return self.pooler.ids if isinstance(self.pooler, SpecialTokens) else []
 
     @property
     def max_tokens(self) -> int:
@@ -178,6 +203,8 @@ class Encoder:
         """
         settings = self.config
         if settings.attention == "causal":
+            if self.special_ids:
+                check_bottleneck(self.model)
             if is_encoder(self.model):
                 raise ConfigError(
                     f"backbone.attention: {settings.base} is an encoder and always bidirectional; set attention: bidirectional"
@@ -195,7 +222,7 @@ class Encoder:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> weight of everything that learns: adapters or the whole LLM, and a pooling that has weights."""
         found = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        if isinstance(self.pooler, LatentAttention):
+        if isinstance(self.pooler, LatentAttention | SpecialTokens):
             found |= {f"pooler.{name}": weight for name, weight in self.pooler.named_parameters()}
         return found
 
@@ -208,9 +235,10 @@ class Encoder:
         *,
         dataset: str | Sequence[str] = "",
         instructions: Sequence[str] | None = None,
+        max_tokens: int | None = None,
     ) -> list[TokenRow]:
-        """Prompt + text + suffix as token rows, the text cut at `max_tokens` (see `ullme.prompts`)."""
-        return self.prompts.tokenise(texts, role, dataset=dataset, instructions=instructions)
+        """Prompt + text + suffix as token rows, the text cut at `max_tokens` (see `ullme.prompts`); None: at the usual length."""
+        return self.prompts.tokenise(texts, role, dataset=dataset, instructions=instructions, max_tokens=max_tokens)
 
     def collate(self, rows: Sequence[TokenRow]) -> Batch:
         """Pad token rows into a batch on the model's device."""
@@ -221,16 +249,22 @@ class Encoder:
 
     def embed(self, batch: Batch) -> Float[Tensor, "B D"]:
         """Unit-norm embeddings in float32, with gradient if enabled. The LM head is not run."""
+        return self._pooled(self._states(batch, masked=len(self.special_ids) > 1), batch)
+
+    def _states(self, batch: Batch, *, masked: bool) -> Float[Tensor, "B S D"]:
+        """The trunk in the attention of embeddings. masked: with the mask of special tokens, which a single one at the end of
+        each row does not need.
+        """
         if len(self.adapters) > 1:
             activate(self.model, "embedding")
-        hidden = hidden_states(
+        return hidden_states(
             self.model,
             batch.input_ids,
             batch.attention_mask,
             is_causal=self.config.attention == "causal",
             sliding_window=self.config.sliding_window,
+            segments=segments_of(batch.input_ids, self.special_ids[0]) if masked else None,
         )
-        return self._pooled(hidden, batch)
 
     def embed_rows(self, rows: Sequence[TokenRow], *, packed: bool = False) -> Float[Tensor, "B D"]:
         """The same for token rows, without gradient: as a padded batch, or packed side by side where `packs` says so."""
@@ -261,7 +295,7 @@ class Encoder:
 
     def packs(self, tokens: int) -> bool:
         """Whether rows of so many tokens in all are encoded faster side by side than padded, and come out the same."""
-        return tokens >= PACK_FROM and self._packing is not None
+        return tokens >= PACK_FROM and len(self.special_ids) < 2 and self._packing is not None
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -291,7 +325,9 @@ class Encoder:
 
     def _pooled(self, hidden: Float[Tensor, "B S H"], batch: Batch) -> Float[Tensor, "B D"]:
         counted = batch.attention_mask if self.config.pool_prompt else batch.pooled_mask
-        if self.pooler is not None:
+        if isinstance(self.pooler, SpecialTokens):
+            pooled = self.pooler.pool(hidden, batch.input_ids >= self.pooler.first)
+        elif self.pooler is not None:
             pooled = self.pooler.pool(hidden, counted)
         else:
             pooled = pool(self.config.pooling, hidden, counted, batch.attention_mask)
@@ -351,10 +387,75 @@ class Encoder:
         positions reach the LM head.
         """
         head = self.head
+        with self._language():
+            hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
+        return summed_logprobs(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
+
+    def writes(self, batch: Batch) -> Bool[Tensor, " B"]:
+        """Per row: whether it would write exactly the tokens that are not prompt, the likeliest token each time (causal)."""
+        head = self.head
+        with self._language():
+            hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
+        return chosen(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        chat: bool = False,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the LLM writes after each prompt, without the prompt. All prompts are one batch.
+
+        temperature: 0 is greedy; chat: each prompt is a user's turn of the tokenizer's chat template.
+
+        Raises:
+            ConfigError: it has no head to write with, or no chat template.
+        """
+        if isinstance(prompts, str):
+            raise ContractError("generate: expected a list of prompts, got one string; write generate([prompt])")
+        _ = self.head  # refuses an encoder model
+        before, after = chat_parts(self.tokenizer) if chat else ("", "")
+        rows = [TokenRow(self.tokenizer(before + prompt + after)["input_ids"]) for prompt in prompts]
+        pad_id: Any = self.tokenizer.pad_token_id
+        batch = collate(rows, pad_id=pad_id, padding_side="left").to(self.device)
+        with self._evaluating(), self._language():
+            return written(
+                self.model,
+                self.tokenizer,
+                batch,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+
+    @contextmanager
+    def _language(self) -> Iterator[None]:
+        """The adapter of the language model, as long as the block lasts: its own, the only one, or none."""
         if len(self.adapters) > 1:
             activate(self.model, "generation")
-        hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask, is_causal=True)
-        return summed_logprobs(hidden[:, :-1], batch.input_ids[:, 1:], batch.pooled_mask[:, 1:], head)
+        elif self.has_adapter and self.config.language == "base":
+            with switched_off(self.model):
+                yield
+            return
+        yield
+
+    def predicted_logprobs(self, rows: Sequence[PredictedRow]) -> Float[Tensor, " T"]:
+        """Log-probabilities of the tokens that are predicted, row by row, in the attention of embeddings.
+
+        Each is predicted from the state before it; only these states reach the LM head.
+        """
+        head = self.head
+        batch = self.collate([TokenRow(row.ids) for row in rows])
+        hidden = self._states(batch, masked=bool(self.special_ids))
+        row = torch.tensor([number for number, of in enumerate(rows) for _ in of.places], dtype=torch.long, device=self.device)
+        place = torch.as_tensor(np.concatenate([of.places for of in rows]), device=self.device)
+        wanted = torch.as_tensor(np.concatenate([of.targets for of in rows]), device=self.device)
+        return token_logprobs(hidden[row, place - 1], head, wanted)
 
     def candidate_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
         """The same for the rows of several groups, one group after the other; the rows of a group share their prompt.
@@ -366,12 +467,11 @@ class Encoder:
         if saved < SHARED_FROM or not shares_prefix(self.model):
             return self.sequence_logprobs(self.collate(flat))
         head = self.head
-        if len(self.adapters) > 1:
-            activate(self.model, "generation")
         conditions = self.collate([TokenRow(group[0].ids[: group[0].prompt]) for group in rows])
         passages = self.collate([TokenRow(row.ids[row.prompt :]) for row in flat])
         owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
-        hidden = continued_states(self.model, conditions, passages, owner)
+        with self._language():
+            hidden = continued_states(self.model, conditions, passages, owner)
         return summed_logprobs(hidden, passages.input_ids, passages.attention_mask, head)
 
     @property

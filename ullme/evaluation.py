@@ -81,6 +81,11 @@ class Task(Component):
         """The key in the report: `name`, or what the kind makes of its fields."""
         return self.name or self.kind
 
+    @property
+    def ranks_documents(self) -> bool:
+        """Whether its scores are the section's metrics; others measure the language model."""
+        return False
+
     def resolved(self) -> Task:
         """A copy that also names the contents of the files it reads, so that the artifact's key follows them."""
         return self
@@ -90,8 +95,8 @@ class Task(Component):
         return None
 
     @abstractmethod
-    def run(self, evaluation: Evaluation) -> Measured:
-        """Measure the system."""
+    def run(self, evaluation: Evaluation) -> Measured | None:
+        """Measure the system; None where it has no such score (BM25 writes nothing)."""
 
 
 class EvalRuntime(Section):
@@ -180,7 +185,10 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
     measured, seconds = {}, {}
     for task in section.tasks:
         started = time.monotonic()
-        measured[task.label] = task.run(evaluation)
+        found = task.run(evaluation)
+        if found is None:
+            continue
+        measured[task.label] = found
         seconds[task.label] = round(time.monotonic() - started, 3)
         shown = "; ".join(
             f"{through} " + ", ".join(f"{metric} {value:.3f}" for metric, value in scores.items())

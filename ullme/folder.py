@@ -4,8 +4,11 @@
     ullme.json           EncoderConfig: everything that `Encoder` needs beyond the weights
     adapters/NAME/       adapters that were not merged, as peft writes them
 
-What `SentenceTransformer(folder)` loads plainly: every pooling but latent attention, prompts, a suffix, a shorter `dim`. What
-needs `trust_remote_code=True`, because it runs a Python file that lies in the folder: latent attention, adapters not merged.
+What `SentenceTransformer(folder)` loads plainly: every pooling but latent attention, prompts, a suffix, a shorter `dim`; and one
+special token without a head. What needs `trust_remote_code=True`, because it runs a Python file that lies in the folder: latent
+attention, several special tokens or a head above them, adapters not merged.
+
+Special tokens stand below the vocabulary in the embedding table that is written, for other readers; `read` takes them off again.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.latent import LatentAttention
 from ullme.prompts import PromptConfig, end_texts_with
+from ullme.special import SpecialTokens
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder, EncoderConfig
@@ -100,23 +104,31 @@ def write(encoder: Encoder, path: Path) -> None:
     config, settings = encoder.model.config, encoder.config
     config.is_causal = settings.attention == "causal"  # what sentence-transformers and other readers go by
     config.use_cache = True
-    with _their_window(encoder):
-        if encoder.has_adapter:
-            _write_with_adapters(encoder, path)
-        else:
-            encoder.model.save_pretrained(path)
+    with _their_window(encoder), _their_vocabulary(encoder) as weights:
+        base = encoder.model.get_base_model() if encoder.has_adapter else encoder.model
+        base.save_pretrained(path, state_dict=weights)
+    for name in encoder.adapters:
+        encoder.save_adapter(path / ADAPTERS / name, name)
+    if encoder.has_adapter:
+        from ullme.adapted import AdaptedTransformer
+
+        _carry(AdaptedTransformer, path)
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.model_max_length = encoder.max_tokens
-    if encoder.prompts.suffix:
-        end_texts_with(tokenizer, encoder.prompts.begin, [*encoder.prompts.suffix, *encoder.prompts.end])
+    if encoder.prompts.suffix or encoder.special_ids:
+        end_texts_with(tokenizer, encoder.prompts.begin, encoder.prompts.ending)
     tokenizer.save_pretrained(path)
     for name, content in _described(encoder).items():
         file = path / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if isinstance(encoder.pooler, LatentAttention):
-        encoder.pooler.save(str(path / "1_LatentAttention"))
-        _carry(LatentAttention, path)
+    if isinstance(encoder.pooler, LatentAttention | SpecialTokens):
+        encoder.pooler.save(str(path / f"1_{type(encoder.pooler).__name__}"))
+        _carry(type(encoder.pooler), path)
+    if _reads_several(encoder):
+        from ullme.masked import MaskedTransformer
+
+        _carry(MaskedTransformer, path)
     if settings.dim is not None:
         rows = torch.eye(settings.dim, encoder.width)
         save_file({"linear.weight": rows}, path / "2_Dense" / "model.safetensors")
@@ -139,11 +151,47 @@ def _their_window(encoder: Encoder) -> Iterator[None]:
         delattr(config, "ullme_sliding_window")
 
 
+@contextmanager
+def _their_vocabulary(encoder: Encoder) -> Iterator[dict[str, Tensor] | None]:
+    """The weights to write, None for the model's own; with special tokens, the configuration says how many rows there are."""
+    from ullme.lora import plain_weights
+
+    weights = plain_weights(encoder.model) if encoder.has_adapter else None
+    if not isinstance(encoder.pooler, SpecialTokens):
+        yield weights
+        return
+    base = encoder.model.get_base_model() if encoder.has_adapter else encoder.model
+    weights, vectors = weights or base.state_dict(), encoder.pooler.vectors.detach()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    names = {module: name for name, module in base.named_modules() if module in (embeddings, head)}
+    scale = getattr(embeddings, "embed_scale", 1.0)  # Gemma 3 multiplies what it looks up
+    table = torch.cat([embeddings.weight, (vectors / scale).to(embeddings.weight)])
+    for module, name in names.items():
+        tied = module is embeddings or module.weight is embeddings.weight
+        weight = table if tied else torch.cat([module.weight, torch.zeros_like(vectors).to(module.weight)])
+        weights[f"{name}.weight"] = weight
+        if getattr(module, "bias", None) is not None:
+            weights[f"{name}.bias"] = torch.cat([module.bias, module.bias.new_zeros(len(vectors))])
+    config = base.config.get_text_config()
+    rows = config.vocab_size
+    config.vocab_size = len(table)
+    try:
+        yield weights
+    finally:
+        config.vocab_size = rows
+
+
+def _reads_several(encoder: Encoder) -> bool:
+    """Whether special tokens have to be kept from seeing each other, so that the transformer needs a mask of ours."""
+    return len(encoder.special_ids) > 1
+
+
 def _described(encoder: Encoder) -> dict[str, Any]:
     """File name -> JSON: the chain of modules and their settings."""
     settings = encoder.config
     kind = f"{PACKAGE}.base.modules.transformer.Transformer"
-    chain = [("", "adapted.AdaptedTransformer" if encoder.has_adapter else kind)]
+    kind = "adapted.AdaptedTransformer" if encoder.has_adapter else kind
+    chain = [("", "masked.MaskedTransformer" if _reads_several(encoder) else kind)]
     files: dict[str, Any] = {
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
@@ -158,14 +206,17 @@ def _described(encoder: Encoder) -> dict[str, Any]:
         },
         SETTINGS: settings.model_dump(mode="json"),
     }
+    special = encoder.pooler if isinstance(encoder.pooler, SpecialTokens) else None
     if isinstance(encoder.pooler, LatentAttention):
         chain.append(("1_LatentAttention", "latent.LatentAttention"))
+    elif special is not None and (special.count > 1 or special.head is not None):
+        chain.append(("1_SpecialTokens", "special.SpecialTokens"))
     else:
         chain.append(("1_Pooling", f"{PACKAGE}.sentence_transformer.modules.pooling.Pooling"))
         files["1_Pooling/config.json"] = {
             "embedding_dimension": encoder.width,
-            "pooling_mode": POOLING_MODES[settings.pooling],
-            "include_prompt": settings.pool_prompt,
+            "pooling_mode": POOLING_MODES["last" if special is not None else settings.pooling],
+            "include_prompt": settings.pool_prompt or special is not None,
         }
     if settings.dim is not None:
         chain.append(("2_Dense", f"{PACKAGE}.base.modules.dense.Dense"))
@@ -180,17 +231,6 @@ def _described(encoder: Encoder) -> dict[str, Any]:
     files[f"{normalise}/config.json"] = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
     files[MODULES] = [{"idx": i, "name": str(i), "path": where, "type": kind} for i, (where, kind) in enumerate(chain)]
     return files
-
-
-def _write_with_adapters(encoder: Encoder, path: Path) -> None:
-    from ullme.adapted import AdaptedTransformer
-    from ullme.lora import plain_weights
-
-    base = encoder.model.get_base_model()
-    base.save_pretrained(path, state_dict=plain_weights(encoder.model))
-    for name in encoder.adapters:
-        encoder.save_adapter(path / ADAPTERS / name, name)
-    _carry(AdaptedTransformer, path)
 
 
 def _carry(kind: type, path: Path) -> None:
@@ -216,14 +256,19 @@ def read(folder: Path, *, device: torch.device | str, base_bits: int | None = No
         config = EncoderConfig.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = _weights(folder, config, quantised)
-        pooler = LatentAttention.load(str(folder), "1_LatentAttention") if config.pooling == "latent_attention" else None
+        pooler: Any = None
+        if config.pooling == "latent_attention":
+            pooler = LatentAttention.load(str(folder), "1_LatentAttention")
+        elif config.pooling == "special":
+            pooler = SpecialTokens.load(str(folder), "1_SpecialTokens")
+            model.resize_token_embeddings(pooler.first, mean_resizing=False)
         encoder = Encoder(model if quantised else model.to(device), tokenizer, config, pooler=pooler and pooler.to(device))
         adapters = sorted(path.parent for path in (folder / ADAPTERS).glob("*/adapter_config.json"))
         for path in adapters:
             encoder.read_adapter(path, path.name)
     except DAMAGED as error:
         raise ArtifactError(f"{folder}: the model cannot be read ({_first_line(error)})") from error
-    if encoder.prompts.suffix:
+    if encoder.prompts.suffix or encoder.special_ids:
         end_texts_with(tokenizer, encoder.prompts.begin, encoder.prompts.end)
     return encoder
 

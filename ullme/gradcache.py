@@ -30,6 +30,7 @@ from ullme.errors import ContractError
 from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
+from ullme.prediction import PredictedRow
 from ullme.sampling import GenerationScore
 
 __all__ = ["CandidateLogprobs", "Representations", "StepReport", "TrainBatch", "step"]
@@ -46,8 +47,8 @@ class TrainBatch:
     them the condition's tokens and its K candidates' tokens (empty where missing). score: which generation score the
     alignment reads; `alone` and `questions` are the rows that it needs (see `ullme.generation.teacher_scores`). teacher:
     Float[G K], the score as it was stored, or None. reference: Float[G K], the candidates' log-probabilities under the reference as
-    they were stored, or None. guide_queries: Float[Q G] and guide_documents: Float[C G], the unit-norm
-    embeddings of the phase's guide, or None.
+    they were stored, or None. predicted: texts for the objectives that predict their tokens. guide_queries: Float[Q G] and
+    guide_documents: Float[C G], the unit-norm embeddings of the phase's guide, or None.
     """
 
     query_ids: Sequence[str]
@@ -65,6 +66,7 @@ class TrainBatch:
     questions: Sequence[Sequence[TokenRow | None]] = ()
     teacher: np.ndarray | None = None
     reference: np.ndarray | None = None
+    predicted: Sequence[PredictedRow] = ()
     guide_queries: np.ndarray | None = None
     guide_documents: np.ndarray | None = None
 
@@ -178,20 +180,46 @@ def step(
     chunk_tokens: padded tokens per forward pass with gradient; it changes memory and speed, not the result. learned: log(1 /
     temperature) of each temperature that `objective.learned` names.
     """
+    terms: dict[str, float] = {}
+    health: dict[str, float] = {}
+    generation, tokens, padding = None, 0, 0.0
+    if objective.uses_generation and batch.scored:
+        generation, cost = _generation(encoder, objective, batch, chunk_tokens=chunk_tokens, terms=terms)
+        tokens += cost
+    if objective.prediction is not None:
+        tokens += _predicted(encoder, objective, batch.predicted, chunk_tokens=chunk_tokens, terms=terms)
+    if objective.embeds:
+        representations, padding = _embedded(
+            encoder, objective, batch, generation, chunk_tokens=chunk_tokens, learned=learned or {}, terms=terms
+        )
+        health |= _health(representations)
+        tokens += sum(map(len, (*batch.queries, *batch.documents)))
+    current().add_gradients(encoder.trainable().values())
+    if generation is not None:
+        scores = generation.score
+        spread = entropy(scores, generation.present, temperature=objective.teacher_temperature)
+        health["generation_entropy"] = float(spread.mean())
+        best = scores.masked_fill(~generation.present, float("-inf")).argmax(1)
+        health["generation_accuracy"] = float((best == 0).float().mean())
+    return StepReport(terms, health, tokens, padding)
+
+
+def _embedded(
+    encoder: Encoder,
+    objective: Objective,
+    batch: TrainBatch,
+    generation: CandidateLogprobs | None,
+    *,
+    chunk_tokens: int,
+    learned: Mapping[str, Tensor],
+    terms: dict[str, float],
+) -> tuple[Representations, float]:
+    """The batch loss and its backward through every row's embedding. Also the share of the positions that is padding."""
     device, together = encoder.device, current()
     rows = [*batch.queries, *batch.documents]
     lengths = [len(row) for row in rows]
-    tokens = sum(lengths)
     chunks = list(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens)))
     turns = together.turns(chunks)
-    terms: dict[str, float] = {}
-    health: dict[str, float] = {}
-
-    generation = None
-    if objective.uses_generation and batch.scored:
-        generation, scored_tokens = _generation(encoder, objective, batch, chunk_tokens=chunk_tokens, terms=terms)
-        tokens += scored_tokens
-
     replay = _Replay(device)
     held = [max(lengths[position] for position in chunk) * len(chunk) for chunk in chunks]
     fits = all(sum(held[rank :: together.count]) <= chunk_tokens for rank in range(together.count))  # the same in every process
@@ -212,7 +240,7 @@ def step(
         torch.as_tensor(batch.candidates, device=device),
         torch.as_tensor(batch.known, device=device),
         None if batch.own_only is None or not batch.own_only.any() else torch.as_tensor(batch.own_only, device=device),
-        learned or {},
+        learned,
         *(None if of is None else torch.as_tensor(of, device=device) for of in (batch.guide_queries, batch.guide_documents)),
     )
     losses = objective.batch_loss(representations, generation)
@@ -230,18 +258,31 @@ def step(
                 with replay.again(index):
                     embedded = encoder.embed(encoder.collate([rows[position] for position in chunk]))
             (embedded * gradient[chunk]).sum().mul(int(counts)).backward()
-    together.add_gradients(encoder.trainable().values())
-
-    health |= _health(representations)
-    if generation is not None:
-        scores = generation.score
-        spread = entropy(scores, generation.present, temperature=objective.teacher_temperature)
-        health["generation_entropy"] = float(spread.mean())
-        best = scores.masked_fill(~generation.present, float("-inf")).argmax(1)
-        health["generation_accuracy"] = float((best == 0).float().mean())
     padded = sum(max(lengths[position] for position in chunk) * len(chunk) for chunk, _ in turns)
     real = sum(lengths[position] for chunk, _ in turns for position in chunk)
-    return StepReport(terms, health, tokens, 1 - real / padded)
+    return representations, 1 - real / padded
+
+
+def _predicted(
+    encoder: Encoder, objective: Objective, rows: Sequence[PredictedRow], *, chunk_tokens: int, terms: dict[str, float]
+) -> int:
+    """Predict tokens of texts, with the backward of the terms that train on it, chunk by chunk. Returns the tokens it took."""
+    together = current()
+    rows = [row for row in rows if len(row.places)]
+    lengths = [len(row) for row in rows]
+    wanted = sum(len(row.places) for row in rows)
+    sums: dict[str, Tensor] = {}
+    for chunk, counts in together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens))):
+        losses = objective.prediction_loss(encoder.predicted_logprobs([rows[position] for position in chunk]))
+        share = int(counts) / wanted
+        total = torch.stack([value.sum() for value in losses.values()]).sum()
+        if total.requires_grad:  # not with a frozen trunk, of texts without special tokens
+            total.mul(share).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum() * share
+    together.add(*sums.values())
+    terms.update({name: float(value) for name, value in sums.items()})
+    return sum(lengths)
 
 
 def _generation(

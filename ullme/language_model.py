@@ -1,4 +1,4 @@
-"""The same weights as a language model: its head, proven, and log-probabilities of the tokens that are scored."""
+"""The same weights as a language model: its head, proven, log-probabilities of the tokens that are scored, and text it writes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ullme.attention import hidden_states
+from ullme.attention import _mode, hidden_states, trunk
+from ullme.batches import Batch
 from ullme.errors import ConfigError
 from ullme.losses import token_logprobs
 
-__all__ = ["LogitHead", "proven_head", "summed_logprobs"]
+__all__ = ["LogitHead", "chosen", "proven_head", "summed_logprobs", "written"]
 
 TOLERANCE = 0.05
 """Of the largest logit: more than half precision rounds, less than a forgotten scale or cap makes."""
@@ -72,3 +73,50 @@ def summed_logprobs(
     logprobs = token_logprobs(hidden[scored], head, targets[scored])
     sums = torch.zeros(len(scored), dtype=logprobs.dtype, device=logprobs.device)
     return sums.index_add(0, scored.nonzero()[:, 0], logprobs), scored.sum(1)
+
+
+def chosen(
+    hidden: Float[Tensor, "B S D"], targets: Int[Tensor, "B S"], scored: Bool[Tensor, "B S"], head: nn.Module
+) -> Bool[Tensor, " B"]:
+    """Per row: whether every target that is scored is the likeliest token there, so that greedy decoding would write them all."""
+    missed = head(hidden[scored]).argmax(-1) != targets[scored]
+    misses = torch.zeros(len(scored), dtype=torch.long, device=scored.device)
+    return misses.index_add(0, scored.nonzero()[:, 0], missed.long()) == 0
+
+
+@torch.inference_mode()
+def written(
+    model: Any,
+    tokenizer: Any,
+    prompts: Batch,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """What the model writes after each prompt, causal, until it ends its text. prompts: padded on the left.
+
+    temperature: 0 takes the likeliest token each time; above it tokens are drawn by `seed`, from the likeliest that together
+    have probability `top_p`.
+    """
+    inner: Any = trunk(model)
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    devices = [prompts.input_ids.device] if prompts.input_ids.device.type == "cuda" else []
+    width = prompts.input_ids.shape[1]
+    mode = _mode(inner, is_causal=True, sliding_window="symmetric", tokens=width + max_new_tokens)
+    with mode, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        found = model.generate(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.attention_mask.long(),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=tokenizer.pad_token_id,
+            **drawing,
+        )
+    return tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from ullme.artifacts import Draft, digest_of, sync, write_atomic
 from ullme.checkpoints import Checkpoint, Checkpoints, write_tensors
 from ullme.data import Example
 from ullme.development import reciprocal_rank
-from ullme.errors import LimitExceeded, NotFinite
+from ullme.errors import ConfigError, LimitExceeded, NotFinite
 from ullme.objectives import LEARNED_RANGE, Objective
 from ullme.progress import Progress
 from ullme.sampling import Sampler
@@ -87,12 +90,11 @@ class Loop:
         self._phase = 0
         self._trainable: dict[str, torch.nn.Parameter] = {}
         self._state: dict[str, torch.nn.Parameter] = {}
-        self._optimizer: torch.optim.AdamW
+        self._optimizer: torch.optim.Optimizer
         self._take_what_learns()
         self._done = self._resume()
 
     def _take_what_learns(self) -> None:
-        import torch
 
         from ullme.distributed import is_sharded
 
@@ -105,7 +107,7 @@ class Loop:
         kept = [parameter for parameter in self._trainable.values() if not is_sharded(parameter)]
         split = [(kept, True), (sharded, True), (list(scalars.values()), False)]  # the fused step takes no mixture
         groups = [{"params": of, "decays": decays} for of, decays in split if of]
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+        self._optimizer = _optimizer(self._section.optimizer, groups, self._encoder.device)
 
     def begin(self, phase: int) -> None:
         """Enter a phase, if this is not where the run is already: its adapter, and what its preference terms compare with."""
@@ -181,7 +183,7 @@ class Loop:
         report = None
         while report is None:
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            report = self._step(settings.objective, batch, learned)
+            report = self._step(settings.objective.at(step), batch, learned)
         number = sum(p.steps for p in self._section.phases[:phase]) + step + 1
         for name, value in report.terms.items():
             if not math.isfinite(value):
@@ -230,10 +232,14 @@ class Loop:
         import torch
 
         from ullme import gradcache
+        from ullme.attention import attention_dropout
         from ullme.engine import out_of_memory
 
+        share = objective.attention_dropout
+        dropping = attention_dropout(self._encoder.model, share) if share else nullcontext()
         try:
-            return gradcache.step(self._encoder, objective, batch, chunk_tokens=self._chunk_tokens, learned=learned)
+            with dropping:
+                return gradcache.step(self._encoder, objective, batch, chunk_tokens=self._chunk_tokens, learned=learned)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -326,13 +332,15 @@ class Loop:
         return sampler if phase.generation.teacher == "live" else replace(sampler, teacher=stored("teacher", teacher.frozen))
 
     def _checkpoint(self) -> None:
+        import torch
+
         from ullme.distributed import whole
 
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._state.items():
             tensors[f"weight/{name}"] = whole(parameter).clone()
             for key, value in self._optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = whole(value).clone()
+                tensors[f"{key}/{name}"] = whole(torch.as_tensor(value)).clone()
             if name in self._kept:
                 tensors[f"kept/{name}"] = whole(self._kept[name]).clone()
         if self._together.leads:
@@ -354,25 +362,52 @@ class Loop:
             file = self._draft.scratch / f"before-{phase}.safetensors"
             self._enter(phase, load_file(file) if file.is_file() else {})
         tensors = found.tensors
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for full, value in tensors.items():
+            key, _, name = full.partition("/")
+            if key not in ("weight", "kept"):
+                states.setdefault(name, {})[key] = value
         for name, parameter in self._state.items():
             if f"kept/{name}" in tensors:
                 self._kept[name] = put(parameter, tensors[f"kept/{name}"].clone())
             parameter.data.copy_(put(parameter, tensors[f"weight/{name}"]))
             self._optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else put(parameter, value.clone())
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if (value := tensors.get(f"{key}/{name}")) is not None
+                key: self._step_count(value) if key == "step" else put(parameter, value.clone())
+                for key, value in states.get(name, {}).items()
             }
         self.last_loss = found.loss
         rows = [json.loads(row) for row in self._together.agreed(lambda: self._trimmed(found.done))]
         self._measured = [(row["step"], row["development_mrr"]) for row in rows if "development_mrr" in row]
         return found.done
 
+    def _step_count(self, value: torch.Tensor) -> Any:
+        """As the optimizer counts: torch's with a tensor, bitsandbytes' with a number."""
+        return value.clone() if self._section.optimizer == "adamw" else int(value)
+
     def _trimmed(self, steps: int) -> list[str]:
         """The rows of the first steps, all that is left in the file of metrics."""
         rows = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
         write_atomic(self.metrics_file, "".join(f"{row}\n" for row in rows[:steps]))
         return rows[:steps]
+
+
+def _optimizer(kind: str, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), its state in float32 or in 8 bits, block by block (arXiv 2110.02861).
+
+    Raises:
+        ConfigError: 8 bits without a GPU, or without the package.
+    """
+    import torch
+
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999)}
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    if device.type != "cuda":
+        raise ConfigError("training.optimizer: adamw_8bit runs on a GPU, and this model is on the CPU; set optimizer: adamw")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("training.optimizer: adamw_8bit needs bitsandbytes, which is not installed: pip install 'ullme[qlora]'")
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
 
 
 def _peak_memory_gb() -> float:

@@ -94,7 +94,7 @@ def add_adapter(model: Any, config: LoraConfig, name: str) -> Any:
 def write_adapter(model: Any, path: Path, name: str, *, base: str) -> None:
     """One adapter as peft writes it. base: what stands in it for the place that the base was loaded from."""
     with TemporaryDirectory(dir=path.parent if path.parent.is_dir() else None) as scratch:
-        model.save_pretrained(scratch, selected_adapters=[name])
+        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
         shutil.copytree(Path(scratch) / name, path, dirs_exist_ok=True)
     file = path / "adapter_config.json"
     described = json.loads(file.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ullme.batches import TokenRow
 
-__all__ = ["DatasetPrompts", "PromptConfig", "Prompts", "Role", "places_of"]
+__all__ = ["DatasetPrompts", "PromptConfig", "Prompts", "Role", "chat_parts", "end_texts_with", "places_of"]
 
 Role = Literal["query", "document"]
 TEXT, INSTRUCTION = "{text}", "{instruction}"
@@ -77,15 +77,18 @@ class PromptConfig(Section):
 class Prompts:
     """The templates of a configuration for one tokenizer: texts -> token rows.
 
-    begin, end: ids that the tokenizer itself puts around every text; suffix: ids that the templates put after it.
+    begin, end: ids that the tokenizer itself puts around every text; suffix: ids that the templates put after it; special: ids
+    behind all of that.
     """
 
-    def __init__(self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.config, self.max_tokens = config, max_tokens
+    def __init__(
+        self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, special: Sequence[int] = ()
+    ) -> None:
+        self.config, self.max_tokens, self.special = config, max_tokens, tuple(special)
         self._tokenizer: Any = tokenizer
         self._fast = _private_copy(tokenizer)
         self.begin, self.end = _special_ids(tokenizer)
-        self._opening, closing = _chat_parts(tokenizer) if config.chat else ("", "")
+        self._opening, closing = chat_parts(tokenizer) if config.chat else ("", "")
         places: list[tuple[Role, str]] = [(role, name) for name in ("", *config.datasets) for role in ("query", "document")]
         after = {f"datasets.{name}.{role}" if name else role: config.around(role, name)[1] for role, name in places}
         if len(set(after.values())) > 1:
@@ -97,6 +100,8 @@ class Prompts:
         self.suffix = tuple(self._ids([self._after])[0])
         if self.suffix and self.end[: len(self.suffix)] == self.suffix:
             self.end = self.end[len(self.suffix) :]  # a saved folder's tokenizer puts the suffix there
+        if self.special and self.end[-len(self.special) :] == self.special:
+            self.end = self.end[: -len(self.special)]  # and the special tokens
         self._lengths: dict[str, int] = {}
         for role, name in places:
             self._frame(role, name)
@@ -108,17 +113,24 @@ class Prompts:
         *,
         dataset: str | Sequence[str] = "",
         instructions: Sequence[str] | None = None,
+        max_tokens: int | None = None,
     ) -> list[TokenRow]:
         """Prompt + text + suffix as token rows of at most `max_tokens`; `lost` counts the text's tokens that were cut off.
 
-        dataset: of all texts, or of each; instructions: one per text, empty = the configured one.
+        dataset: of all texts, or of each; instructions: one per text, empty = the configured one; max_tokens: shorter rows than
+        usual, but for what the prompts take.
 
         Raises:
             ContractError: not as many instructions, or data sets, as texts.
         """
         places = places_of(texts, dataset, instructions)
         frames = {place: self._frame(role, *place) for place in set(places)}
-        return self._rows(texts, [frames[place] for place in places])
+        return self._rows(texts, [frames[place] for place in places], min(self.max_tokens, max_tokens or self.max_tokens))
+
+    @property
+    def ending(self) -> list[int]:
+        """All that stands behind a text."""
+        return [*self.suffix, *self.end, *self.special]
 
     def before(self, role: Role, *, dataset: str = "", instruction: str = "") -> str:
         """The string that stands before a text."""
@@ -128,16 +140,16 @@ class Prompts:
         """The whole string that is embedded for a text, before any truncation."""
         return self.before(role, dataset=dataset, instruction=instruction) + text + self._after
 
-    def _rows(self, texts: Sequence[str], frames: Sequence[tuple[str, int]]) -> list[TokenRow]:
+    def _rows(self, texts: Sequence[str], frames: Sequence[tuple[str, int]], max_tokens: int) -> list[TokenRow]:
         from ullme.batches import TokenRow
 
         if not texts:
             return []
-        begin, ending = list(self.begin), [*self.suffix, *self.end]
-        room = self.max_tokens - len(begin) - len(ending)
+        begin, ending = list(self.begin), self.ending
         rows = []
         strings = [before + text for text, (before, _) in zip(texts, frames, strict=True)]
         for ids, (_, prompt) in zip(self._ids(strings), frames, strict=True):
+            room = max(max_tokens - len(begin) - len(ending), prompt - len(begin) + SHORTEST_TEXT)
             lost = max(0, len(ids) - room)
             kept = ids[:room] if lost else ids
             rows.append(TokenRow([*begin, *kept, *ending] if begin or ending else kept, prompt, lost))
@@ -169,7 +181,7 @@ class Prompts:
                     f"backbone.prompts.{where}: the tokenizer merges the end of a text with {self._after!r}, so the suffix could "
                     "not be kept when a text is cut; begin it with a newline or a special token"
                 )
-        taken = len(self.begin) + len(alone) + len(self.suffix) + len(self.end)
+        taken = len(self.begin) + len(alone) + len(self.ending)
         if taken + SHORTEST_TEXT > self.max_tokens:
             raise ConfigError(
                 f"backbone.max_tokens is {self.max_tokens}, but the {where} prompt alone takes {taken} tokens; expected at least "
@@ -212,7 +224,7 @@ def end_texts_with(tokenizer: PreTrainedTokenizerBase, begin: Sequence[int], end
     names = {number: f"id{number}" for number in (*begin, *end)}
     single = " ".join([*(names[number] for number in begin), "$A", *(names[number] for number in end)])
     tokens: Any = [
-        {"id": name, "ids": [number], "tokens": [tokenizer.convert_ids_to_tokens(number)]} for number, name in names.items()
+        {"id": name, "ids": [number], "tokens": [tokenizer.convert_ids_to_tokens(number) or name]} for number, name in names.items()
     ]
     backend.post_processor = TemplateProcessing(single=single, special_tokens=tokens) if tokens else TemplateProcessing(single="$A")
 
@@ -240,8 +252,8 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], t
     )
 
 
-def _chat_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes before and after a user's words.
+def chat_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before and after a user's words, the answer's opening included.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or one that changes what a user says.

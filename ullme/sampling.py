@@ -107,6 +107,7 @@ class Sampler:
 
     def batch(self, step: int, encoder: Encoder) -> TrainBatch:
         """Token rows of a step. A passage that several queries share is encoded once."""
+        from ullme.batches import with_some_left_out
         from ullme.gradcache import TrainBatch
 
         drawn = self.draw(step)
@@ -134,15 +135,25 @@ class Sampler:
             guided["guide_queries"] = self.guide.queries([example for example, _, _ in drawn])
             guided["guide_documents"] = self.guide.documents(texts)
         asking = [example.dataset for example, _, _ in drawn]
+        rows = encoder.tokenise(texts, "document", dataset=datasets, max_tokens=self.phase.max_tokens)
+        if self.phase.objective.prediction is not None:
+            random = np.random.default_rng([self.seed, self.phase_index, step, 4])
+            texts_again = [rows[column] for column in candidates[:, 0]]
+            generation["predicted"] = self.phase.objective.prediction.rows(texts_again, encoder, random)
+        if self.phase.objective.token_dropout:
+            random = np.random.default_rng([self.seed, self.phase_index, step, 5])
+            share, ending = self.phase.objective.token_dropout, len(encoder.prompts.ending)
+            rows = [with_some_left_out(row, share, random, ending=ending) for row in rows]
         return TrainBatch(
             query_ids=[example.query_id for example, _, _ in drawn],
             queries=encoder.tokenise(
                 [example.query for example, _, _ in drawn],
-                "query",
+                "document" if self.phase.objective.reads_texts else "query",
                 dataset=asking,
                 instructions=[example.instruction for example, _, _ in drawn],
+                max_tokens=self.phase.max_tokens,
             ),
-            documents=encoder.tokenise(texts, "document", dataset=datasets),
+            documents=rows,
             candidates=candidates,
             known=known,
             own_only=np.array([not self.mixture.setting(name).in_batch for name in asking]),

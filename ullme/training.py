@@ -20,8 +20,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ullme.artifacts import Draft, Inputs, Stage, write_atomic
 from ullme.checkpoints import training_space
 from ullme.components import Section, component
-from ullme.data import Example, read_examples
+from ullme.data import Example, read_examples, read_texts
 from ullme.development import DevelopmentConfig, set_aside
+from ullme.errors import ConfigError
 from ullme.guide import GuideConfig, guides
 from ullme.loop import Loop, Memory
 from ullme.mixture import MixtureConfig
@@ -87,6 +88,8 @@ class PhaseConfig(Section):
     """Queries per optimisation step. Each learns from one of its positives, drawn anew every time; the others are no negatives."""
     num_negatives: int = Field(default=1, ge=0)
     """Mined hard negatives beside each positive, drawn from those the miner kept."""
+    max_tokens: int | None = Field(default=None, ge=8)
+    """Longest text of this phase, prompt included; null: as long as the model takes (`backbone.max_tokens`)."""
     learning_rate: float = Field(default=2e-4, gt=0)
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -147,8 +150,15 @@ class TrainConfig(Section):
 
     phases: tuple[PhaseConfig, ...] = Field(min_length=1)
     adapter: LoraConfig | None = LoraConfig()
+    frozen_trunk: bool = False
+    """Only what the pooling has of its own is trained (special tokens, latent attention), so that the LLM generates as before,
+    bit for bit; with `adapter: null`."""
+    keep_adapter: bool = False
+    """The adapter stays apart from the weights: embeddings are made with it, language without, as the base model writes it."""
     generation_adapter: LoraConfig | None = None
     """An adapter of the language model's own; `adapter` then serves embeddings alone. The trained model keeps both, unmerged."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps its state in a quarter of the memory: where every weight is trained on a GPU (extra `qlora`)."""
     average_last: int = Field(default=0, ge=0)
     """Steps at the end whose weights are averaged (stochastic weight averaging, arXiv 1803.05407); 0: the last ones alone."""
     development: DevelopmentConfig | None = None
@@ -169,7 +179,18 @@ class TrainConfig(Section):
                 raise ValueError(f"{where} needs one adapter; set adapter and leave generation_adapter out")
             if phase.adapter == "merge_then_new" and (self.adapter.base_bits is not None or self.runtime.shard):
                 raise ValueError(f"{where} needs the weights in full; leave out adapter.base_bits and runtime.shard")
+        if self.keep_adapter and (self.adapter is None or self.generation_adapter is not None):
+            raise ValueError("keep_adapter keeps the one adapter there is; set adapter, and leave generation_adapter out")
+        if self.optimizer == "adamw_8bit" and self.runtime.shard:
+            raise ValueError("optimizer: adamw_8bit and runtime.shard do not go together: leave one of them out")
+        if self.frozen_trunk and self.adapter is not None:
+            raise ValueError("frozen_trunk trains no adapter; set adapter: null")
         for number, phase in enumerate(self.phases):
+            if self.frozen_trunk and phase.objective.trains_generation:
+                raise ValueError(
+                    f"phases.{number}: objective '{phase.objective.kind}' trains what the LLM writes, and frozen_trunk keeps it; "
+                    "use contrastive, simcse or gem"
+                )
             if self.adapter is None and phase.objective.uses_reference and phase.generation.reference == "live":
                 raise ValueError(
                     f"phases.{number}: objective '{phase.objective.kind}' compares with the model as it was when the phase began, "
@@ -178,6 +199,8 @@ class TrainConfig(Section):
         if self.development is not None and (self.average_last or self.runtime.shard):
             other = "average_last" if self.average_last else "runtime.shard"
             raise ValueError(f"development and {other} do not go together: leave one of them out")
+        if self.development is not None and self.phases[-1].objective.reads_texts:
+            raise ValueError("development measures on queries set aside, and the last phase reads documents alone; leave it out")
         if self.average_last > self.phases[-1].steps:
             raise ValueError(f"average_last: expected at most the last phase's {self.phases[-1].steps} steps")
         return self
@@ -190,6 +213,11 @@ class TrainConfig(Section):
             if self.generation_adapter.base_bits is not None:
                 raise ValueError("generation_adapter.base_bits: both adapters stand on one base; set adapter.base_bits alone")
         return self
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether a phase learns from queries and their passages; otherwise documents are all it takes."""
+        return not all(phase.objective.reads_texts for phase in self.phases)
 
     def resolved(self) -> TrainConfig:
         """A copy in which each guide's `source_digest` names its contents as they are now.
@@ -225,23 +253,30 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     import torch
 
     from ullme import distributed
+    from ullme.attention import check_attention_dropout
     from ullme.encoder import Encoder
 
     together = distributed.current()
     negatives = inputs["negatives"] if "negatives" in inputs else None  # noqa: SIM401 - Inputs is no mapping
-    examples, aside = read_examples(inputs["data"], negatives), []
+    pairs = section.reads_pairs
+    examples, aside = read_examples(inputs["data"], negatives) if pairs else [], []
+    texts = read_texts(inputs["data"]) if any(phase.objective.reads_texts for phase in section.phases) else []
     if section.development is not None:
         examples, aside = set_aside(examples, section.development.queries, draft.seed)
     torch.manual_seed(draft.seed)
     encoder = Encoder.load(inputs["model"], base_bits=section.adapter.base_bits if section.adapter is not None else None)
     _add_adapters(encoder, section)
+    if any(phase.objective.attention_dropout for phase in section.phases):
+        check_attention_dropout(encoder.model)
     started = time.monotonic()
     budget = section.runtime.chunk_tokens
     with together.leader_first():  # the others read what it has made
-        guide = guides(section.phases, examples, folder=draft.scratch, dim=encoder.dim, batch_tokens=budget)
+        guide = guides(section.phases, [*examples, *texts], folder=draft.scratch, dim=encoder.dim, batch_tokens=budget)
     sample = examples[:: max(1, len(examples) // SCORED_BEFORE_AND_AFTER)][:SCORED_BEFORE_AND_AFTER]
     memory = Memory(draft.scratch)
-    before = memory.recalled("before") or memory.remember("before", _scores(encoder, sample, section.runtime))
+    before = memory.recalled("before") if pairs else {}
+    if before is None:
+        before = memory.remember("before", _scores(encoder, sample, section.runtime))
     if section.runtime.shard and together.count > 1:
         distributed.shard(encoder.model)
     loop = Loop(encoder, section, draft, memory, aside)
@@ -249,7 +284,8 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     for phase, step in loop.positions():
         if phase not in samplers:
             loop.begin(phase)
-            sampler = Sampler(examples, section.phases[phase], draft.seed, phase, guide=guide.get(phase))
+            own = texts if section.phases[phase].objective.reads_texts else examples
+            sampler = Sampler(own, section.phases[phase], draft.seed, phase, guide=guide.get(phase))
             logger.info("phase %d of %d: %s", phase + 1, len(section.phases), sampler.mixture.said())
             samplers = {phase: loop.taught(sampler)}
         loop.advance(samplers[phase], phase, step)
@@ -265,6 +301,7 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
         "dim": encoder.dim,
         "steps": loop.steps_done,
         "examples": len(examples),
+        "texts": len(texts),
         **loop.best_so_far,
         "final_loss": loop.last_loss,
         "train_seconds": round(time.monotonic() - started, 1),
@@ -277,12 +314,16 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
     if section.adapter is not None and section.generation_adapter is None:
         encoder.save_adapter(draft.path / "adapter")
         if section.adapter.base_bits is not None:  # merged into the weights as they were, not as 4 bits rounded them
-            pooler, encoder = encoder.pooler, Encoder.load(inputs["model"])
-            encoder.pooler = pooler
+            plain = Encoder.load(inputs["model"])
+            encoder = Encoder(plain.model, plain.tokenizer, plain.config, pooler=encoder.pooler)
             encoder.read_adapter(draft.path / "adapter")
-        encoder.merge_adapter()
+        if section.keep_adapter:
+            encoder.config = encoder.config.model_copy(update={"language": "base"})
+        else:
+            encoder.merge_adapter()
     encoder.save(draft.path)
-    write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
+    if pairs:
+        write_atomic(logs / "scores.json", json.dumps({"before": before, "after": _scores(encoder, sample, section.runtime)}))
     qualities = [memory.read(f"quality-{phase}") for phase in range(len(section.phases))]
     write_atomic(logs / "teacher.json", json.dumps([quality for quality in qualities if quality is not None]))
     shutil.copy(loop.metrics_file, logs / "metrics.jsonl")
@@ -290,6 +331,13 @@ def _train(section: TrainConfig, inputs: Inputs, draft: Draft) -> dict[str, Any]
 
 
 def _add_adapters(encoder: Encoder, section: TrainConfig) -> None:
+    if section.frozen_trunk:
+        encoder.model.requires_grad_(False)
+    if (section.keep_adapter or section.generation_adapter is not None) and len(encoder.special_ids) > 1:
+        raise ConfigError(
+            "training: a model with adapters that are kept has at most one special token; set backbone.special.count: 1, or leave "
+            "keep_adapter and generation_adapter out"
+        )
     if section.adapter is not None:
         encoder.add_lora(section.adapter)
     if section.generation_adapter is not None:

@@ -266,7 +266,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_bytes(plain_config: Mappi
 @pytest.mark.parametrize(
     ("limits", "line"),
     [
-        ({"timeout_s": {"trian": 3}}, "config: limits.timeout_s: unknown stage 'trian'; allowed: data, backbone, mine, train, encode, index, evaluate; did you mean 'train'?"),
+        ({"timeout_s": {"trian": 3}}, "config: limits.timeout_s: unknown stage 'trian'; allowed: data, backbone, mine, synthesise, train, encode, index, evaluate; did you mean 'train'?"),
         ({"memory_gb": {"train": 0}}, "config: limits.memory_gb: expected a number > 0 for train, got 0"),
         ({"memory_gb": {"train": "much"}}, "config: limits.memory_gb: expected a number > 0 for train, got 'much'"),
         ({"retries": -1}, "config: limits.retries: expected a number >= 0, got -1"),

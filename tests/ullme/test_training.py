@@ -518,6 +518,7 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("phase", "steps", 4),
     ("phase", "batch_size", 3),
     ("phase", "num_negatives", 1),
+    ("phase", "max_tokens", 8),
     ("phase", "learning_rate", 0.02),
     ("phase", "warmup_share", 0.6),
     ("phase", "schedule", "linear"),
@@ -566,7 +567,8 @@ def test_every_field_is_among_those_tried() -> None:
     known = {(place, field) for place, section in sections.items() for field in section.model_fields}
     elsewhere = {("phase", name) for name in ("generation", "guide", "adapter", "mixture")}
     assert known - tried == elsewhere | {("adapter", "base_bits")}
-    tried_below = {"generation_adapter", "average_last", "development", "start_from"}
+    tried_below = {"generation_adapter", "average_last", "development", "start_from", "optimizer"}
+    tried_below |= {"frozen_trunk", "keep_adapter"}  # in test_gem.py
     assert set(TrainConfig.model_fields) == {"phases", "adapter", "runtime", *tried_below}
 
 
@@ -613,6 +615,12 @@ def test_with_two_adapters_each_side_of_the_loss_trains_its_own(refs: dict[str, 
     with encoder.adapters_off():
         assert np.array_equal(encoder.encode(["alpha"]), base.encode(["alpha"]))
     assert np.abs(encoder.encode(["alpha"]) - base.encode(["alpha"])).max() > 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_eight_bits_need_a_gpu(refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adamw_8bit runs on a GPU, and this model is on the CPU; set optimizer: adamw"):
+        Store(tmp_path).produce(TRAIN, config(PHASE, optimizer="adamw_8bit"), refs, seed=1)
 
 
 def test_a_generation_adapter_alone_is_refused() -> None:

@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import torch
 
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
-from ullme.batches import TokenRow
+from ullme.batches import TokenRow, with_some_left_out
 from ullme.components import Section
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.gradcache import TrainBatch
+from ullme.objectives import Objective
 from ullme.prompts import PromptConfig
+from ullme.special import SpecialTokens
 from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 
@@ -32,14 +34,18 @@ def tiny_encoder(
     """A random two-layer encoder; with `lora`, an adapter whose B is not zero, so that every weight has a gradient."""
     model, tokenizer = tiny_causal_lm(family)
     encoder = Encoder(model.to(dtype), tokenizer, EncoderConfig(**{"max_tokens": 48, "base": f"tiny:{family}", **config}))
-    if lora is not None:
-        torch.manual_seed(1)
-        encoder.add_lora(lora)
-        for name, parameter in encoder.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.05)
+    return encoder if lora is None else adapted(encoder, lora, dtype)
+
+
+def adapted(encoder: Encoder, lora: LoraConfig, dtype: torch.dtype) -> Encoder:
+    """With an adapter whose B is not zero."""
+    torch.manual_seed(1)
+    encoder.add_lora(lora)
+    for name, parameter in encoder.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
     return encoder
 
 
@@ -69,6 +75,37 @@ def toy_batch(encoder: Encoder, *, seed: int = 0, scored: Sequence[int] = (0, 1,
         passages=[[bodies[c] if c >= 0 else [] for c in candidates[row]] for row in scored],
         guide_queries=guide[0],
         guide_documents=guide[1],
+    )
+
+
+def gem_encoder(
+    family: str = "llama", count: int = 1, *, lora: LoraConfig | None = None, dtype: torch.dtype = torch.float32, **special: Any
+) -> Encoder:
+    """A tiny LLM with special tokens; with `lora`, an adapter whose B is not zero."""
+    plain = tiny_encoder(family, dtype=dtype)
+    embeddings = plain.model.get_input_embeddings()
+    pooler = SpecialTokens(plain.width, count, first=len(embeddings.weight), **special)
+    pooler.draw(embeddings)
+    implementation = str(plain.model.config._attn_implementation)
+    settings = EncoderConfig(
+        attention="causal", pooling="special", attn_implementation=implementation, max_tokens=48, base=f"tiny:{family}"
+    )
+    encoder = Encoder(plain.model, plain.tokenizer, settings, pooler=pooler.to(dtype))
+    return encoder if lora is None else adapted(encoder, lora, dtype)
+
+
+def text_batch(encoder: Encoder, objective: Objective, *, seed: int = 0) -> TrainBatch:
+    """Seven texts, each its own positive, read as the objective reads them."""
+    random = np.random.default_rng(seed)
+    texts = [" ".join(str(word) for word in random.choice(WORDS, count)) for count in (4, 1, 2, 5, 3, 6, 2)]
+    rows, ending = encoder.tokenise(texts, "document"), len(encoder.prompts.ending)
+    return TrainBatch(
+        query_ids=[f"t{n}" for n in range(7)],
+        queries=rows,
+        documents=[with_some_left_out(row, objective.token_dropout, random, ending=ending) for row in rows],
+        candidates=np.arange(7)[:, None],
+        known=np.zeros((7, 7), dtype=bool),
+        predicted=objective.prediction.rows(rows, encoder, random) if objective.prediction else [],
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ullme.gradcache import CandidateLogprobs, Representations
+    from ullme.prediction import Prediction
 
 __all__ = ["LEARNED_RANGE", "Objective"]
 
@@ -50,6 +51,41 @@ class Objective(Component):
         What is optimised is log(1 / temperature) (CLIP, arXiv 2103.00020, section 2.5); `Representations.learned` holds it.
         """
         return {name: start for objective in self.inner for name, start in objective.learned.items()}
+
+    def at(self, step: int) -> Objective:
+        """The objective of this step of the phase, 0, 1, ...: itself, unless something in it follows a schedule."""
+        del step
+        return self
+
+    @property
+    def embeds(self) -> bool:
+        """True when `batch_loss` has terms: without, nothing is embedded."""
+        return any(objective.embeds for objective in self.inner) if self.inner else True
+
+    @property
+    def reads_texts(self) -> bool:
+        """True when it learns from documents alone: a step's rows are texts, each the positive of itself."""
+        return any(objective.reads_texts for objective in self.inner)
+
+    @property
+    def uses_special_tokens(self) -> bool:
+        """True when texts are read through special tokens, so that the model must have them (`backbone.pooling: special`)."""
+        return any(objective.uses_special_tokens for objective in self.inner)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """How texts are read whose tokens `prediction_loss` predicts; None: no token is predicted."""
+        return next((objective.prediction for objective in self.inner if objective.prediction is not None), None)
+
+    @property
+    def token_dropout(self) -> float:
+        """Share of its tokens that a text lacks where it stands as a document."""
+        return max((objective.token_dropout for objective in self.inner), default=0.0)
+
+    @property
+    def attention_dropout(self) -> float:
+        """Share of the attention that is dropped in training, whatever the model's own configuration says."""
+        return max((objective.attention_dropout for objective in self.inner), default=0.0)
 
     @property
     def uses_generation(self) -> bool:
@@ -94,6 +130,11 @@ class Objective(Component):
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """Scalar terms of the whole batch; `generation` holds detached log-probabilities of its chosen queries."""
         del representations, generation
+        return {}
+
+    def prediction_loss(self, logprobs: Tensor) -> dict[str, Tensor]:
+        """Float[T] values per term, one per predicted token, of its log-probability; the joint step averages them."""
+        del logprobs
         return {}
 
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:

@@ -49,6 +49,10 @@ class Matryoshka(Objective):
         """The one that is taken at several lengths."""
         return (self.objective,)
 
+    def at(self, step: int) -> Matryoshka:
+        """The inner one at this step."""
+        return self.model_copy(update={"objective": self.objective.at(step)})
+
     def batch_loss(self, representations: Representations, generation: CandidateLogprobs | None) -> dict[str, Tensor]:
         """The inner terms, averaged over the lengths.
 
@@ -77,3 +81,7 @@ class Matryoshka(Objective):
     def generation_loss(self, logprobs: CandidateLogprobs) -> dict[str, Tensor]:
         """The inner terms per query."""
         return self.objective.generation_loss(logprobs)
+
+    def prediction_loss(self, logprobs: Tensor) -> dict[str, Tensor]:
+        """The inner terms per token."""
+        return self.objective.prediction_loss(logprobs)

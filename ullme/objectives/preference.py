@@ -36,6 +36,11 @@ class Preference(Objective):
         return self
 
     @property
+    def embeds(self) -> bool:
+        """It trains the language model alone."""
+        return False
+
+    @property
     def uses_generation(self) -> bool:
         """Log-probabilities are all of it."""
         return True

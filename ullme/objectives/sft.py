@@ -23,6 +23,11 @@ class Sft(Objective):
     per_token: bool = True
 
     @property
+    def embeds(self) -> bool:
+        """It trains the language model alone."""
+        return False
+
+    @property
     def uses_generation(self) -> bool:
         """The positive's log-probability is all of it."""
         return True

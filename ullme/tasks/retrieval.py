@@ -59,6 +59,11 @@ class RetrievalTask(Task):
         own = self.path.name if self.path else self.kind
         return self.name or (own if self.split == "test" else f"{own}-{self.split}")
 
+    @property
+    def ranks_documents(self) -> bool:
+        """Yes."""
+        return True
+
     def resolved(self) -> RetrievalTask:
         """A copy that names the contents of the folder."""
         return self if self.path is None else self.model_copy(update={"source_digest": self._other().source_digest})

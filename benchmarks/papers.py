@@ -1,0 +1,269 @@
+"""Do the patterns of LLM2Vec and GEM appear on a small LLM? Retrieval and what is left of the language, side by side.
+
+    python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md      some 6 hours
+    python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
+
+Every run that has ended is kept in --work and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of rank 16,
+merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training modules
+of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
+wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
+
+    LLM2Vec (arXiv 2404.05961)   bidirectional: MNTP in three doses, SimCSE after it and alone, pairs after both and alone
+    GEM (arXiv 2506.04344)       special tokens: next tokens, then with the contrastive term; 1 and 5 tokens; a frozen trunk
+
+p: two-sided paired randomisation over queries against the system it is compared with, scores averaged over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encode import NOT_RUN, SMOLLM2, machine
+from runs import Runs, write_tables
+
+from ullme.artifacts import ArtifactRef, Store, write_atomic
+from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.data import PREPARE, DataConfig, read_texts
+from ullme.encoding import ENCODE, EncodeConfig
+from ullme.evaluation import EVALUATE, EvalConfig
+from ullme.mining import MINE, MiningConfig
+from ullme.statistics import paired_randomisation
+from ullme.training import TRAIN, TrainConfig
+
+METRIC = "ndcg_at_10"
+LANGUAGE = {"perplexity": "perplexity", "last_word": "accuracy", "multiple_choice": "accuracy"}
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long everything takes. doses: tokens of documents."""
+
+    queries: int = 600
+    documents: int | None = None
+    doses: tuple[int, ...] = (100_000, 250_000, 500_000)
+    contrastive_dose: int = 250_000
+    pair_steps: int = 48
+    windows: int = 40
+    passages: int = 300
+    questions: int = 150
+    seeds: tuple[int, ...] = (0, 1, 2)
+    every_system: bool = True
+
+
+QUICK = Effort(40, 120, (6_000,), 6_000, 2, 2, 8, 4, (0,), every_system=False)
+LORA = {"rank": 16, "alpha": 32}
+LLM2VEC = {"attention": "bidirectional", "pooling": "mean"}
+MNTP = {"objective": {"kind": "mntp"}, "learning_rate": 3e-4}
+SIMCSE = {"objective": {"kind": "simcse"}, "learning_rate": 1e-4}
+PAIRS = {"objective": {"kind": "contrastive", "temperature": 0.05}, "learning_rate": 1e-3, "num_negatives": 0}
+NTP = {"objective": {"kind": "gem", "alpha": [0.0, 0.0]}, "learning_rate": 3e-4}
+
+
+def gem(count: int, *, head: bool = False) -> dict[str, Any]:
+    """The backbone of GEM."""
+    return {"attention": "causal", "pooling": "special", "special": {"count": count, "head": head}}
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to an embedder. phases: (settings, tokens of documents, or None for the pairs' own number of steps), in order.
+
+    against: the system it is compared with. frozen: only special tokens and head are trained.
+    """
+
+    name: str
+    backbone: Mapping[str, Any]
+    phases: tuple[tuple[Mapping[str, Any], int | None], ...] = ()
+    against: str = ""
+    repeated: bool = False
+    frozen: bool = False
+
+
+def systems(effort: Effort) -> list[System]:
+    """All of them, each after what it is compared with."""
+    most, contrastive = effort.doses[-1], effort.contrastive_dose
+    rising = {"objective": {"kind": "gem", "alpha": [0.0, 1.0], "alpha_after": 0, "alpha_steps": steps_of(contrastive) // 2}}
+    rising["learning_rate"] = 3e-4  # type: ignore[assignment]
+    causal, bidirectional = {"attention": "causal", "pooling": "mean"}, "bidirectional, untrained"
+    found = [
+        System("causal, untrained", causal),
+        System("causal, last token, untrained", {"attention": "causal", "pooling": "last"}),
+        System(bidirectional, LLM2VEC, against="causal, untrained"),
+        *(System(f"MNTP {dose:,} tokens", LLM2VEC, ((MNTP, dose),), bidirectional) for dose in effort.doses),
+        System("SimCSE alone", LLM2VEC, ((SIMCSE, contrastive),), bidirectional),
+        System("MNTP + SimCSE", LLM2VEC, ((MNTP, most), (SIMCSE, contrastive)), f"MNTP {most:,} tokens", repeated=True),
+        System("pairs alone", LLM2VEC, ((PAIRS, None),), bidirectional),
+        System(
+            "MNTP + SimCSE + pairs", LLM2VEC, ((MNTP, most), (SIMCSE, contrastive), (PAIRS, None)), "pairs alone", repeated=True
+        ),
+    ]
+    for count in (1, 5):
+        called = f"GEM, {count} token{'s' * (count > 1)}"
+        backbone, after = gem(count), ((NTP, contrastive), (rising, contrastive))
+        found += [
+            System(f"{called}, untrained", backbone, against="causal, last token, untrained"),
+            System(f"{called}, next tokens", backbone, ((NTP, contrastive),), f"{called}, untrained"),
+            System(f"{called}, + contrastive", backbone, after, f"{called}, next tokens", repeated=count == 1),
+        ]
+    fixed = ((rising, contrastive),)
+    found.append(System("GEM, frozen trunk", gem(1, head=True), fixed, "GEM, 1 token, untrained", repeated=True, frozen=True))
+    return found if effort.every_system else [found[2], found[3], found[-4], found[-1]]
+
+
+def steps_of(dose: int, mean_length: float = 100.0) -> int:
+    """Optimisation steps that read about so many tokens of documents."""
+    return max(1, round(dose / BATCH / mean_length))
+
+
+class Bench:
+    """The stages of one run, in a store that all runs share."""
+
+    def __init__(self, folder: Path, effort: Effort, data: Path | None) -> None:
+        self.effort, self.data = effort, data
+        self.store = Store(folder / "store")
+
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        """Train, encode, evaluate; the row."""
+        system = next(one for one in systems(self.effort) if one.name == name)
+        section = {"source": {"kind": "pydocs", "candidates": "test"}, "max_test_queries": self.effort.queries}
+        config = DataConfig.model_validate({**section, "max_documents": self.effort.documents}).resolved()
+        data = self.store.produce(PREPARE, config, {}, seed=0)
+        base = BackboneConfig.model_validate({"model": SMOLLM2, "max_tokens": 128, **system.backbone})
+        model = self.store.produce(BACKBONE, base.resolved(), {}, seed=0)
+        texts = read_texts(data.path)
+        length = statistics.fmean(self._lengths(model, [text.query for text in texts[:1000]]))
+        seconds = []
+        for phase, dose in system.phases:
+            steps = self.effort.pair_steps if dose is None else steps_of(dose, length)
+            model = self._trained(system, {**phase, "steps": steps, "batch_size": BATCH}, data, model, seed)
+            seconds.append(model.meta["train_seconds"])
+        inputs = {"data": data, "model": model}
+        inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
+        report = self.store.produce(EVALUATE, self._measured(), inputs, seed=0)
+        shutil.rmtree(inputs["embeddings"].path)
+        return {"train_seconds": seconds, **self._scores(report)}
+
+    def _lengths(self, model: ArtifactRef, texts: Sequence[str]) -> list[int]:
+        from ullme.encoder import Encoder
+
+        return [len(row) for row in Encoder.load(model.path, device="cpu").tokenise(texts, "document")]
+
+    def _trained(self, system: System, phase: Mapping[str, Any], data: ArtifactRef, model: ArtifactRef, seed: int) -> ArtifactRef:
+        learning = {"adapter": None, "frozen_trunk": True} if system.frozen else {"adapter": LORA}
+        runtime = {"chunk_tokens": 8192, "checkpoint_every": 10}
+        section = TrainConfig.model_validate({"phases": [phase], **learning, "runtime": runtime})
+        inputs = {"data": data, "model": model}
+        if section.reads_pairs:
+            mining = MiningConfig.model_validate({"miner": {"kind": "bm25", "num_negatives": 1}})
+            inputs["negatives"] = self.store.produce(MINE, mining, {"data": data}, seed=0)
+        return self.store.produce(TRAIN, section, inputs, seed=seed)
+
+    def _measured(self) -> EvalConfig:
+        tasks: list[dict[str, Any]] = [{"kind": "retrieval"}]
+        if self.data is not None:
+            tasks += [
+                {"kind": "perplexity", "path": str(self.data / "wikitext2" / "test.txt"), "max_windows": self.effort.windows},
+                {"kind": "last_word", "path": str(self.data / "lambada" / "test.jsonl"), "max_texts": self.effort.passages},
+                {
+                    "kind": "multiple_choice",
+                    "path": str(self.data / "mmlu" / "test_mini.jsonl"),
+                    "answers": "text",
+                    "max_questions": self.effort.questions,
+                },
+            ]
+        fields = {"tasks": tasks, "metrics": [METRIC, "recall_at_100"], "bootstrap_samples": 100, "controls": False}
+        return EvalConfig.model_validate(fields).resolved()
+
+    @staticmethod
+    def _scores(report: ArtifactRef) -> dict[str, Any]:
+        import pyarrow.parquet as pq
+
+        scores = json.loads((report.path / "report.json").read_text(encoding="utf-8"))["scores"]
+        wanted = [("task", "=", "retrieval"), ("metric", "=", METRIC)]
+        rows = pq.read_table(report.path / "per_query.parquet", filters=wanted).to_pylist()
+        language = {task: scores[task][metric] for task, metric in LANGUAGE.items() if task in scores}
+        return {"language": language, "per_query": {row["query_id"]: row["exact"] for row in rows}}
+
+
+def everything(runs: Runs, effort: Effort) -> Iterator[dict[str, Any]]:
+    """What is known after each system."""
+    rows: dict[str, Any] = {}
+    averaged: dict[str, list[float]] = {}
+    for system in systems(effort):
+        found = [runs.row(system.name, seed) for seed in (effort.seeds if system.repeated else effort.seeds[:1])]
+        queries = sorted(found[0]["per_query"])
+        averaged[system.name] = [statistics.fmean(row["per_query"][query] for row in found) for query in queries]
+        scores = [statistics.fmean(row["per_query"].values()) for row in found]
+        row: dict[str, Any] = {
+            "seeds": [round(score, 4) for score in scores],
+            METRIC: round(statistics.fmean(scores), 4),
+            "language": {
+                task: [round(one["language"][task], 4) for one in found] if task in found[0]["language"] else NOT_RUN
+                for task in LANGUAGE
+            },
+            "train_seconds": [one["train_seconds"] for one in found],
+        }
+        if system.against in averaged:
+            compared = paired_randomisation(averaged[system.name], averaged[system.against])
+            row |= {"against": system.against, "difference": round(compared.difference, 4), "p": round(compared.p, 4)}
+        rows[system.name] = row
+        counts = {"queries": len(queries), "hours": round(runs.spent() / 3600, 2)}
+        yield {"effort": vars(effort), "machine": machine(), **counts, "rows": rows}
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """The result in Markdown."""
+    lines = [
+        f"| {result['queries']} questions of pydocs | nDCG@10 | against | difference | p | perplexity | last word | choices |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        spread = f" ({min(row['seeds']):.3f} .. {max(row['seeds']):.3f})" if len(row["seeds"]) > 1 else ""
+        against = [row["against"], f"{row['difference']:+.3f}", f"{row['p']:.4f}"] if "against" in row else ["", "", ""]
+        language = [values if values == NOT_RUN else f"{statistics.fmean(values):.3g}" for values in row["language"].values()]
+        lines.append(f"| {' | '.join([name, f'{row[METRIC]:.3f}{spread}', *against, *language])} |")
+    where = result["machine"]
+    return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
+
+
+def main() -> None:
+    """Run what is missing, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with wikitext2, lambada and mmlu; without it, language is not measured")
+    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
+    parser.add_argument("--json", type=Path, help="write the result to this file, after every system")
+    parser.add_argument("--write", type=Path, help="write the table into this page")
+    parser.add_argument("--quick", action="store_true", help="a few queries, steps and systems: does it run")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    effort = QUICK if arguments.quick else Effort()
+    with tempfile.TemporaryDirectory(prefix="ullme-papers-") as scratch:
+        folder = arguments.work or Path(scratch)
+        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
+        again += ["--data", str(arguments.data)] if arguments.data else []
+        runs = Runs(folder, __file__, again)
+        if arguments.one:
+            name = json.loads(arguments.one)
+            runs.keep(name, Bench(folder, effort, arguments.data).run(*name))
+            return
+        text = ""
+        for result in everything(runs, effort):
+            text = tables(result)
+            if arguments.json:
+                write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+            if arguments.write:
+                write_tables(arguments.write, "papers", text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
