@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from ullme.errors import ArtifactError, ContractError
-from ullme.neighbours import ExactSearcher, Searcher
+from ullme.neighbours import MISSING_ROW
 
-__all__ = ["BLOCK_ROWS", "SELF_CHECK_K", "Corpus", "Shards", "read_ids", "recall_of", "settle", "write_ids"]
+__all__ = [
+    "BLOCK_ROWS",
+    "Corpus",
+    "Shards",
+    "read_ids",
+    "read_vectors",
+    "rescored",
+    "settle",
+    "write_ids",
+    "write_vectors",
+]
 
 BLOCK_ROWS = 16_384
-SELF_CHECK_QUERIES, SELF_CHECK_K = 200, 10
+GATHERED_BYTES = 2**25  # of candidates that are compared at once
 NORM_TOLERANCE = 0.02  # unit vectors stored as float16 stay within 0.001
 
 Shards = Callable[[], Iterable[tuple[Sequence[str], np.ndarray]]]
@@ -103,24 +113,6 @@ class Corpus:
             )
 
 
-def recall_of(index: Searcher, corpus: Corpus, seed: int) -> float:
-    """Share of the true nearest documents that an index finds for a sample of the corpus's own vectors; ties count as found."""
-    sample = np.random.default_rng([seed, 1]).choice(corpus.count, size=min(SELF_CHECK_QUERIES, corpus.count), replace=False)
-    queries = corpus.gather(np.sort(sample))
-    reach = min(SELF_CHECK_K, corpus.count)
-    rows = index.search(queries, reach).rows
-    achieved = np.full(rows.shape, -np.inf, dtype=np.float32)
-    best = np.full(rows.shape, -np.inf, dtype=np.float32)
-    start = 0
-    for block in corpus.blocks():
-        exact = ExactSearcher(block, corpus.ids[start : start + len(block)]).search(queries, reach).scores
-        best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
-        query, place = np.nonzero((rows >= start) & (rows < start + len(block)))
-        achieved[query, place] = np.einsum("nd,nd->n", queries[query], block[rows[query, place] - start])
-        start += len(block)
-    return round(float((achieved >= best[:, -1:] - 1e-5).mean()), 4)
-
-
 def _check_norms(vectors: np.ndarray, ids: Sequence[str], number: int) -> None:
     norms = np.linalg.norm(np.asarray(vectors, dtype=np.float32), axis=1)
     bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
@@ -155,6 +147,51 @@ def read_ids(file: Path) -> list[str]:
             return pa.ipc.open_file(source).read_all().column("id").to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:
         raise ArtifactError(f"{file}: not a table of ids ({error}); build the index again") from error
+
+
+def write_vectors(corpus: Corpus, file: Path, *, bytes_each: int) -> None:
+    """Write every vector to a `.npy` file [N D], in one piece or not at all. bytes_each: 4 or 2 for each component."""
+    partial = file.with_name(file.name + ".partial")
+    shape = (corpus.count, corpus.dim)
+    table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32 if bytes_each == 4 else np.float16, shape=shape)
+    start = 0
+    for block in corpus.blocks():
+        table[start : start + len(block)] = block
+        start += len(block)
+        table.flush()
+    del table
+    settle(partial, file)
+
+
+def read_vectors(file: Path) -> np.ndarray:
+    """What `write_vectors` wrote, mapped into memory.
+
+    Raises:
+        ArtifactError: not such a file.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file}: not a table of vectors ({error}); build the index again") from error
+
+
+def rescored(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k candidates of each query that are nearest by their own vectors: (Float32[Q k] scores, Int64[Q k] rows).
+
+    rows: Int64[Q K] candidates, -1 where there is none.
+    """
+    at_once = max(1, GATHERED_BYTES // (4 * rows.shape[1] * vectors.shape[1]))
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    best = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
+    for start in range(0, len(queries), at_once):
+        part = rows[start : start + at_once]
+        there = part != MISSING_ROW
+        near = vectors[np.where(there, part, 0)].astype(np.float32)
+        found = np.where(there, np.einsum("qd,qkd->qk", queries[start : start + at_once], near), -np.inf)
+        order = np.argsort(-found, axis=1, kind="stable")[:, :k]
+        scores[start : start + at_once] = np.take_along_axis(found, order, axis=1)
+        best[start : start + at_once] = np.take_along_axis(part, order, axis=1)
+    return scores, best
 
 
 def settle(partial: Path, final: Path) -> None:

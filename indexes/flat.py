@@ -13,7 +13,9 @@ class Flat(IndexKind):
     """Exhaustive search; the choice below some 50,000 documents."""
 
     kind: str = "flat"
-    codes: Codes = Field("fp32", description="how vectors are stored: fp32 (exact), fp16 (half the size) or int8 (a quarter)")
+    codes: Codes = Field(
+        default="fp32", description="how vectors are stored: fp32 (exact), fp16 (half the size) or int8 (a quarter)"
+    )
 
     def factory(self, count: int, dim: int) -> str:
         """`Flat`, `SQfp16` or `SQ8`."""

@@ -15,12 +15,14 @@ class Hnsw(IndexKind):
     """Graph search; the choice up to some millions of documents when the memory for the links is there."""
 
     kind: str = "hnsw"
-    m: int = Field(32, ge=4, le=256, description="links per vector and level; the lowest level has twice as many, 8 x m bytes")
-    ef_construction: int = Field(
-        100, ge=1, description="candidates kept while linking a new vector; higher = better graph, slower build"
+    m: int = Field(
+        default=32, ge=4, le=256, description="links per vector and level; the lowest level has twice as many, 8 x m bytes"
     )
-    ef_search: int = Field(64, ge=1, description="candidates kept while searching; higher = better recall, slower search")
-    codes: Codes = Field("int8", description="how vectors are stored: fp32, fp16 or int8")
+    ef_construction: int = Field(
+        default=100, ge=1, description="candidates kept while linking a new vector; higher = better graph, slower build"
+    )
+    ef_search: int = Field(default=64, ge=1, description="candidates kept while searching; higher = better recall, slower search")
+    codes: Codes = Field(default="int8", description="how vectors are stored: fp32, fp16 or int8")
 
     def factory(self, count: int, dim: int) -> str:
         """`HNSW<m>,<codes>`."""
@@ -38,6 +40,11 @@ class Hnsw(IndexKind):
     def build_parameters(self) -> Mapping[str, float]:
         """efConstruction."""
         return {"efConstruction": self.ef_construction}
+
+    @property
+    def knob(self) -> str:
+        """ef_search."""
+        return "ef_search"
 
     def search_parameters(self) -> Mapping[str, float]:
         """efSearch."""

@@ -24,10 +24,10 @@ class Ivf(IndexKind):
 
     kind: str = "ivf"
     lists: PositiveInt | Literal["auto"] = Field(
-        "auto", description="number of lists; auto = 4 x sqrt(documents). Never more than one per 39 documents"
+        default="auto", description="number of lists; auto = 4 x sqrt(documents). Never more than one per 39 documents"
     )
-    nprobe: PositiveInt = Field(32, description="lists read per query; higher = better recall, slower search")
-    codes: Codes = Field("int8", description="how vectors are stored: fp32, fp16 or int8")
+    nprobe: PositiveInt = Field(default=32, description="lists read per query; higher = better recall, slower search")
+    codes: Codes = Field(default="int8", description="how vectors are stored: fp32, fp16 or int8")
 
     def factory(self, count: int, dim: int) -> str:
         """`IVF<lists>,<codes>`; says so in the log when the corpus is too small for the lists that were asked for."""
@@ -46,6 +46,11 @@ class Ivf(IndexKind):
     def training_points(self, count: int) -> int:
         """Enough for k-means; int8 learns its ranges from the same sample."""
         return TRAINING_POINTS_PER_LIST * self._lists(count)
+
+    @property
+    def knob(self) -> str:
+        """nprobe."""
+        return "nprobe"
 
     def search_parameters(self) -> Mapping[str, float]:
         """nprobe."""

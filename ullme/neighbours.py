@@ -14,7 +14,7 @@ import numpy as np
 
 from ullme.errors import ContractError
 
-__all__ = ["ExactSearcher", "Neighbours", "Searcher"]
+__all__ = ["ExactSearcher", "Neighbours", "Searcher", "best_places"]
 
 MISSING_ROW = -1
 
@@ -85,9 +85,23 @@ class ExactSearcher:
         for start in range(0, len(self._vectors), self._block):
             block = np.asarray(self._vectors[start : start + self._block], dtype=np.float32)
             found = queries @ block.T
-            positions = np.broadcast_to(np.arange(start, start + len(block)), found.shape)
-            all_scores = np.concatenate([scores, found], axis=1)
-            all_rows = np.concatenate([rows, positions], axis=1)
-            order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
+            places = best_places(found, min(k, found.shape[1]))
+            all_scores = np.concatenate([scores, np.take_along_axis(found, places, axis=1)], axis=1)
+            all_rows = np.concatenate([rows, start + places], axis=1)
+            order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]  # what came first, and so the lower row, wins a tie
             scores, rows = np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_rows, order, axis=1)
         return Neighbours(rows, scores)
+
+
+def best_places(scores: np.ndarray, k: int) -> np.ndarray:
+    """Int64[Q k]: where the k highest of Float[Q N] stand, best first; of equal ones the lower place. Without sorting all N."""
+    if k >= scores.shape[1]:
+        return np.argsort(-scores, axis=1, kind="stable")
+    chosen = np.sort(np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:], axis=1)
+    values = np.take_along_axis(scores, chosen, axis=1)
+    lowest = values.min(axis=1, keepdims=True)
+    # where more equal the last one than were taken, the partition may have taken a higher place
+    doubtful = np.flatnonzero((scores == lowest).sum(1) > (values == lowest).sum(1))
+    chosen[doubtful] = np.sort(np.argsort(-scores[doubtful], axis=1, kind="stable")[:, :k], axis=1)
+    values[doubtful] = np.take_along_axis(scores[doubtful], chosen[doubtful], axis=1)
+    return np.take_along_axis(chosen, np.argsort(-values, axis=1, kind="stable"), axis=1)

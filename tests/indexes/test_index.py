@@ -13,6 +13,7 @@ from corpora import clustered, in_shards, kind_of, names
 from indexes import _corpus
 from indexes.index import Index, build
 from ullme.errors import ArtifactError, ConfigError, ContractError
+from ullme.neighbours import ExactSearcher
 
 DIM = 16
 
@@ -147,6 +148,45 @@ def test_a_truncated_file_is_refused(path, name):
 def test_a_missing_file_is_refused(path, name, message):
     (path / name).unlink()
     refuses_to_open(path, f"{name}.* {message}")
+
+
+def test_the_vectors_of_refine_are_checked_like_every_file(built, vectors):
+    path = built({"kind": "flat", "codes": "int8", "refine": "fp16"}, vectors)
+    assert sorted(file.name for file in path.iterdir()) == ["ids.arrow", "index.faiss", "index.json", "vectors.npy"]
+    content = bytearray((path / "vectors.npy").read_bytes())
+    content[-1] ^= 1
+    (path / "vectors.npy").write_bytes(content)
+    refuses_to_open(path, "vectors.npy is damaged")
+    (path / "vectors.npy").unlink()
+    refuses_to_open(path, "vectors.npy is missing")
+
+
+def test_a_table_of_another_shape_is_refused_even_when_its_digest_fits(built, vectors):
+    path = built({"kind": "flat", "codes": "int8", "refine": "fp16"}, vectors)
+    np.save(path / "vectors.npy", vectors[:50].astype(np.float16))
+    card = json.loads((path / "index.json").read_text())
+    card["files"]["vectors.npy"] = _sha256(path / "vectors.npy")
+    (path / "index.json").write_text(json.dumps(card))
+    refuses_to_open(path, "vectors.npy is not of this index")
+
+
+def test_comparing_once_more_gives_exact_scores_in_order(built):
+    vectors = clustered(600, DIM)
+    index = Index.open(built({"kind": "flat", "codes": "int8", "refine": "fp32", "k_factor": 10}, vectors))
+    queries = clustered(640, DIM)[600:]
+    found, exact = (
+        index.search(queries, 10),
+        ExactSearcher(vectors.astype(np.float16).astype(np.float32), index.ids).search(queries, 10),
+    )
+    np.testing.assert_array_equal(found.rows, exact.rows)
+    np.testing.assert_allclose(found.scores, exact.scores, atol=1e-6)
+
+
+def test_comparing_once_more_in_parts_gives_the_same(built, vectors, monkeypatch):
+    path = built({"kind": "rabitq", "refine": "fp16"}, vectors)
+    whole = Index.open(path).search(vectors[:40], 7)
+    monkeypatch.setattr(_corpus, "GATHERED_BYTES", 1)
+    np.testing.assert_array_equal(Index.open(path).search(vectors[:40], 7).rows, whole.rows)
 
 
 def test_the_card_of_another_index_is_refused(path, built):

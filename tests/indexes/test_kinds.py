@@ -41,7 +41,7 @@ def built_once(kind, vectors, tmp_path_factory):
 
 
 def test_the_directory_holds_the_kinds_that_the_configuration_offers():
-    assert {"flat", "hnsw", "ivf"} <= set(KINDS)
+    assert {"auto", "flat", "hnsw", "ivf", "ivfpq", "rabitq"} <= set(KINDS)
 
 
 def test_defaults_find_nine_of_ten_true_neighbours(built_once, vectors, queries):
@@ -59,14 +59,17 @@ def test_an_opened_index_describes_what_was_built(built_once, kind):
     out, meta = built_once
     index = Index.open(out, fingerprint="a" * 64)
     assert isinstance(index, Searcher)
-    assert (index.kind, index.count, index.dim, index.metric) == (kind, 2_000, 32, "inner_product")
+    assert (index.kind, index.count, index.dim, index.metric) == (kind.chosen(2_000, 32), 2_000, 32, "inner_product")
     assert (len(index), index.ids[0], index.ids[-1]) == (2_000, "doc-0", "doc-1999")
     assert meta["count"] == 2_000
-    assert meta["bytes"] == (out / "index.faiss").stat().st_size
+    assert meta["bytes"] == sum(len(content) for content in learned(out).values())
 
 
 def test_bytes_per_vector_is_foretold(built_once, kind):
-    assert built_once[1]["bytes_per_vector"] == pytest.approx(kind.bytes_per_vector(32), rel=0.1, abs=8)
+    codebooks = 256 * 32 * 4 if kind.kind == "ivfpq" else 0
+    assert built_once[1]["bytes_per_vector"] == pytest.approx(
+        kind.chosen(2_000, 32).all_bytes_per_vector(32), rel=0.1, abs=8 + codebooks / 2_000
+    )
 
 
 def test_opening_twice_gives_equal_answers(built_once, queries):
@@ -134,6 +137,11 @@ def test_an_unknown_kind_names_the_nearest():
         resolve("indexes", {"kind": "hnws"})
 
 
+def learned(path):
+    """The bytes of everything but the card, which names the fields themselves."""
+    return {name: (path / name).read_bytes() for name in ("index.faiss", "vectors.npy") if (path / name).is_file()}
+
+
 @pytest.mark.parametrize(
     ("spec", "changed"),
     [
@@ -146,14 +154,52 @@ def test_an_unknown_kind_names_the_nearest():
         ({"kind": "ivf"}, {"lists": 10}),
         ({"kind": "ivf"}, {"nprobe": 1}),
         ({"kind": "ivf"}, {"codes": "fp16"}),
+        ({"kind": "ivf"}, {"refine": "fp32"}),
+        ({"kind": "rabitq"}, {"lists": 10}),
+        ({"kind": "rabitq"}, {"nprobe": 1}),
+        ({"kind": "rabitq"}, {"refine": None}),
+        ({"kind": "rabitq"}, {"refine": "fp32"}),
     ],
 )
 def test_every_field_changes_the_index(spec, changed, vectors, built):
     plain, other = built(spec, vectors[:600]), built(spec | changed, vectors[:600])
-    assert (plain / "index.faiss").read_bytes() != (other / "index.faiss").read_bytes()
+    assert learned(plain) != learned(other)
 
 
-@pytest.mark.parametrize(("spec", "field"), [("hnsw", "ef_search"), ("ivf", "nprobe")])
+@pytest.mark.parametrize("changed", [{"lists": 10}, {"nprobe": 1}, {"pieces": 8}, {"refine": None}, {"refine": "fp32"}])
+def test_every_field_of_product_quantisation_changes_the_index(changed, vectors, built):
+    plain, other = built("ivfpq", vectors), built({"kind": "ivfpq"} | changed, vectors)
+    assert learned(plain) != learned(other)
+
+
+def test_pieces_of_product_quantisation_divide_the_vector():
+    kind = kind_of("ivfpq")
+    assert [kind.factory(50_000, dim).partition(",")[2] for dim in (576, 100, 7)] == ["PQ72np", "PQ10np", "PQ1np"]
+    assert kind.factory(900, 576) == "IVF23,SQ8"
+
+
+@pytest.mark.parametrize("name", ["ivfpq", "rabitq"])
+def test_comparing_once_more_wins_back_what_small_codes_lose(name, vectors, queries, built):
+    true = ExactSearcher(vectors, range(2_000)).search(queries, 10).rows
+
+    def recall(refine):
+        found = Index.open(built({"kind": name, "refine": refine, "nprobe": 64, "k_factor": 8}, vectors)).search(queries, 10).rows
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true, found, strict=True)]))
+
+    assert recall(None) < 0.9 < recall("fp16")
+
+
+def test_more_candidates_find_more(vectors, queries, built):
+    true = ExactSearcher(vectors, range(2_000)).search(queries, 10).rows
+
+    def recall(k_factor):
+        found = Index.open(built({"kind": "rabitq", "nprobe": 64, "k_factor": k_factor}, vectors)).search(queries, 10).rows
+        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true, found, strict=True)]))
+
+    assert recall(2) < recall(20)
+
+
+@pytest.mark.parametrize(("spec", "field"), [("hnsw", "ef_search"), ("ivf", "nprobe"), ("ivfpq", "nprobe"), ("rabitq", "nprobe")])
 def test_search_parameters_travel_with_the_saved_index(spec, field, vectors, queries, built):
     true = ExactSearcher(vectors, range(2_000)).search(queries, 10).rows
 

@@ -119,9 +119,10 @@ RANKING = [kind for kind in KINDS if isinstance(miner_of(kind), RankingMiner)]
 @pytest.mark.parametrize("kind", RANKING)
 def test_top_takes_the_best_first_and_skip_top_starts_lower(kind: str) -> None:
     context = context_of()
-    everything = miner_of(kind, num_negatives=10, depth=60).select(context, untaken(context)).chosen
-    few = miner_of(kind, num_negatives=2, depth=60).select(context, untaken(context)).chosen
-    lower = miner_of(kind, num_negatives=2, depth=60, skip_top=20).select(context, untaken(context)).chosen
+    fields: dict[str, Any] = {"depth": 60, "skip_top": 0, "sampling": "top"}
+    everything = miner_of(kind, num_negatives=10, **fields).select(context, untaken(context)).chosen
+    few = miner_of(kind, num_negatives=2, **fields).select(context, untaken(context)).chosen
+    lower = miner_of(kind, num_negatives=2, **{**fields, "skip_top": 20}).select(context, untaken(context)).chosen
     for whole, part, below in zip(everything, few, lower, strict=True):
         scores = [score for _, score in whole]
         assert scores == sorted(scores, reverse=True)
@@ -131,10 +132,10 @@ def test_top_takes_the_best_first_and_skip_top_starts_lower(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", RANKING)
 def test_random_draws_within_the_depth_by_the_seed(kind: str) -> None:
-    fields = {"num_negatives": 2, "depth": 12, "sampling": "random"}
+    fields: dict[str, Any] = {"num_negatives": 2, "depth": 12, "skip_top": 0, "sampling": "random"}
     contexts = [context_of(seed=seed) for seed in (0, 1)]
     drawn = [miner_of(kind, **fields).select(context, untaken(context)).chosen for context in contexts]
-    window = miner_of(kind, num_negatives=12, depth=12).select(contexts[0], untaken(contexts[0])).chosen
+    window = miner_of(kind, num_negatives=12, depth=12, skip_top=0).select(contexts[0], untaken(contexts[0])).chosen
     assert drawn[0] != drawn[1]
     for chosen in drawn:
         assert all(set(part) <= set(whole) for part, whole in zip(chosen, window, strict=True))
@@ -186,6 +187,46 @@ def test_perc_pos_leaves_out_and_counts_a_single_such_query(caplog: pytest.LogCa
     assert not selection.chosen[7]
     assert selection.passed_over["queries refused: perc_pos needs s(query, positive) > 0, got a score of 0 or less"] == 1
     assert "1 of 15 queries refused" in caplog.text
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.4])
+def test_margin_pos_stays_a_margin_below_the_lowest_positive(margin: float) -> None:
+    context = context_of()
+    miner = miner_of("margin_pos", num_negatives=60, depth=60, margin=margin)
+    naive = miner_of("topk", num_negatives=60, depth=60).select(context, untaken(context)).chosen
+    for query, chosen in enumerate(miner.select(context, untaken(context)).chosen):
+        lowest = min(context.model.score(query, context.positive_rows(query)))
+        assert chosen == [entry for entry in naive[query] if entry[1] < lowest - margin]
+
+
+def test_margin_pos_takes_positives_that_score_below_zero() -> None:
+    context = context_of(shift=1.2)
+    chosen = miner_of("margin_pos", num_negatives=60, depth=60).select(context, untaken(context)).chosen
+    naive = miner_of("topk", num_negatives=60, depth=60).select(context, untaken(context)).chosen
+    lowest = [min(context.model.score(query, context.positive_rows(query))) for query in range(15)]
+    assert any(value < 0 for value in lowest)
+    assert chosen == [[row for row in rows if row[1] < value - 0.05] for rows, value in zip(naive, lowest, strict=True)]
+
+
+def test_a_rank_window_is_drawn_from_its_ranks_alone() -> None:
+    context = context_of()
+    window = miner_of("topk", skip_top=10, depth=25, num_negatives=15).select(context, untaken(context)).chosen
+    drawn = miner_of("rank_window", skip_top=10, depth=25, num_negatives=5).select(context, untaken(context)).chosen
+    for whole, chosen in zip(window, drawn, strict=True):
+        assert set(chosen) < set(whole)
+        assert len(chosen) == 5
+    assert any(chosen != whole[:5] for whole, chosen in zip(window, drawn, strict=True))
+    lexical = miner_of("rank_window", by="bm25", skip_top=0, depth=30, sampling="top")
+    assert not lexical.needs_model
+    assert lexical.select(context, untaken(context)).chosen == (miner_of("bm25", depth=30).select(context, untaken(context)).chosen)
+
+
+def test_random_negatives_spread_over_the_pool() -> None:
+    context = context_of()
+    chosen = miner_of("random", num_negatives=8).select(context, untaken(context)).chosen
+    assert all(len(rows) == 8 for rows in chosen)
+    assert len({row for rows in chosen for row, _ in rows}) > 40
+    assert not miner_of("random").rankers(context)
 
 
 def test_mixed_adds_up_its_parts_in_order() -> None:
