@@ -123,6 +123,11 @@ class IndexKind(Component):
         """Whether faiss can search a copy of this index on a GPU."""
         return False
 
+    def reading_bytes(self, count: int, dim: int) -> int:
+        """What faiss reckons with, beside the file, when it reads an index of this kind."""
+        del count, dim
+        return 0
+
     def all_bytes_per_vector(self, dim: int) -> float:
         """Expected bytes of one vector, `refine` included."""
         return self.bytes_per_vector(dim) + (CODE_BYTES[self.refine] * dim if self.refine else 0)
@@ -177,7 +182,7 @@ class Index:
                 )
         faiss = _faiss()
         ids = read_ids(path / IDS_FILE)
-        index = _read_index(faiss, path / INDEX_FILE)
+        index = _read_index(faiss, path / INDEX_FILE, kind.reading_bytes(card["count"], card["dim"]))
         if (index.ntotal, index.d, len(ids)) != (card["count"], card["dim"], card["count"]):
             raise ArtifactError(
                 f"{path}: {CARD_FILE} says {card['count']} vectors of dim {card['dim']}, {INDEX_FILE} holds {index.ntotal} of dim "
@@ -429,10 +434,10 @@ def _read_card(path: Path) -> tuple[dict[str, Any], IndexKind]:
     return card, kind
 
 
-def _read_index(faiss: Any, file: Path) -> Any:
+def _read_index(faiss: Any, file: Path, beside: int) -> Any:
     """The index, mapped into memory. No array may be larger than the file: a forged length cannot exhaust the memory."""
     limit = faiss.get_deserialization_vector_byte_limit()
-    faiss.set_deserialization_vector_byte_limit(2 * file.stat().st_size + 2**20)
+    faiss.set_deserialization_vector_byte_limit(2 * file.stat().st_size + beside + 2**20)
     try:
         return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

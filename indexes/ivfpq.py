@@ -39,6 +39,11 @@ class IvfPq(IndexKind):
         """Codes and an 8-byte row number."""
         return self._pieces(dim) + 8
 
+    def reading_bytes(self, count: int, dim: int) -> int:
+        """A table of distances between lists and pieces, though it is not made for inner products."""
+        lists = int(Ivf(lists=self.lists).factory(count, dim).partition(",")[0].removeprefix("IVF"))
+        return 4 * 256 * lists * self._pieces(dim)
+
     def training_points(self, count: int) -> int:
         """Enough for the lists and for 256 centroids per piece."""
         return min(count, max(Ivf(lists=self.lists).training_points(count), POINTS_PER_CODE))

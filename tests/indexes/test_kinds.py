@@ -178,6 +178,14 @@ def test_pieces_of_product_quantisation_divide_the_vector():
     assert kind.factory(900, 576) == "IVF23,SQ8"
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_vectors_as_long_as_those_of_an_llm_are_read_back(name, built):
+    """faiss refuses to read what it reckons to be larger than its limit, which follows from the file."""
+    vectors = clustered(4_000, 576)
+    index = Index.open(built(name, vectors))
+    assert (index.search(vectors[:50], 10).rows[:, 0] == np.arange(50)).mean() > 0.8
+
+
 @pytest.mark.parametrize("name", ["ivfpq", "rabitq"])
 def test_comparing_once_more_wins_back_what_small_codes_lose(name, vectors, queries, built):
     true = ExactSearcher(vectors, range(2_000)).search(queries, 10).rows
