@@ -11,6 +11,7 @@ from pathlib import Path
 from flows.config import load
 from flows.registry import Registry
 from flows.retriever import Retriever
+from ullme.errors import UllmeError
 
 PROMPT = "Answer the question from these passages alone, in one or two sentences.\n\n{passages}\n\nQuestion: {question}"
 
@@ -35,4 +36,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UllmeError as error:
+        raise SystemExit(str(error)) from None

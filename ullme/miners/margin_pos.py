@@ -5,28 +5,18 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from ullme.mining import RankingMiner
-from ullme.rankers import MiningContext, Ranker
+from ullme.miners._vectors import VectorMiner
 
 __all__ = ["MarginPosMiner"]
 
 
-class MarginPosMiner(RankingMiner):
+class MarginPosMiner(VectorMiner):
     """Nearest vectors with s(q, n) < s(q, p) - margin; with several positives p is the one that scores lowest.
 
     Where no positive is in the pool there is nothing to compare with, and the query is refused.
     """
 
     margin: float = Field(default=0.05, ge=0, le=2)
-
-    @property
-    def needs_model(self) -> bool:
-        """True: queries and documents are compared by their vectors."""
-        return True
-
-    def ranker(self, context: MiningContext) -> Ranker:
-        """The model's vectors."""
-        return context.model
 
     def refusal(self, positives: np.ndarray) -> str:
         """A margin needs a positive to keep from."""

@@ -5,28 +5,18 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from ullme.mining import RankingMiner
-from ullme.rankers import MiningContext, Ranker
+from ullme.miners._vectors import VectorMiner
 
 __all__ = ["PercPosMiner"]
 
 
-class PercPosMiner(RankingMiner):
+class PercPosMiner(VectorMiner):
     """Nearest vectors with s(q, n) < max_ratio * s(q, p); with several positives p is the one that scores lowest.
 
     A ratio means nothing where s(q, p) <= 0: such a query is refused, and when more than a tenth are, so is the model.
     """
 
     max_ratio: float = Field(default=0.95, gt=0, le=1)
-
-    @property
-    def needs_model(self) -> bool:
-        """True: queries and documents are compared by their vectors."""
-        return True
-
-    def ranker(self, context: MiningContext) -> Ranker:
-        """The model's vectors."""
-        return context.model
 
     def refusal(self, positives: np.ndarray) -> str:
         """A ratio needs positives that score above zero."""
