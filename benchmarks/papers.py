@@ -20,16 +20,15 @@ import argparse
 import json
 import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from encode import NOT_RUN, SMOLLM2, machine
-from runs import Runs, write_tables
+from runs import Runs, experiment
 
-from ullme.artifacts import ArtifactRef, Store, write_atomic
+from ullme.artifacts import ArtifactRef, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig, read_texts
 from ullme.encoding import ENCODE, EncodeConfig
@@ -91,8 +90,8 @@ class System:
 def systems(effort: Effort) -> list[System]:
     """All of them, each after what it is compared with."""
     most, contrastive = effort.doses[-1], effort.contrastive_dose
-    rising = {"objective": {"kind": "gem", "alpha": [0.0, 1.0], "alpha_after": 0, "alpha_steps": steps_of(contrastive) // 2}}
-    rising["learning_rate"] = 3e-4  # type: ignore[assignment]
+    rising_alpha = {"alpha": [0.0, 1.0], "alpha_after": 0, "alpha_steps": steps_of(contrastive) // 2}
+    rising = {"objective": {"kind": "gem", **rising_alpha}, "learning_rate": 3e-4}
     causal, bidirectional = {"attention": "causal", "pooling": "mean"}, "bidirectional, untrained"
     found = [
         System("causal, untrained", causal),
@@ -237,32 +236,17 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with wikitext2, lambada and mmlu; without it, language is not measured")
-    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
-    parser.add_argument("--json", type=Path, help="write the result to this file, after every system")
-    parser.add_argument("--write", type=Path, help="write the table into this page")
-    parser.add_argument("--quick", action="store_true", help="a few queries, steps and systems: does it run")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    effort = QUICK if arguments.quick else Effort()
-    with tempfile.TemporaryDirectory(prefix="ullme-papers-") as scratch:
-        folder = arguments.work or Path(scratch)
-        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
-        again += ["--data", str(arguments.data)] if arguments.data else []
-        runs = Runs(folder, __file__, again)
-        if arguments.one:
-            name = json.loads(arguments.one)
-            runs.keep(name, Bench(folder, effort, arguments.data).run(*name))
-            return
-        text = ""
-        for result in everything(runs, effort):
-            text = tables(result)
-            if arguments.json:
-                write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
-            if arguments.write:
-                write_tables(arguments.write, "papers", text)
-        print(text)
+
+    def effort(arguments: argparse.Namespace) -> Effort:
+        return QUICK if arguments.quick else Effort()
+
+    experiment(
+        __file__,
+        __doc__,
+        run=lambda arguments, folder, name: Bench(folder, effort(arguments), arguments.data).run(*name),
+        everything=lambda arguments, _, runs: everything(runs, effort(arguments)),
+        tables=tables,
+    )
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import argparse
 import json
 import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from encode import NOT_RUN, SMOLLM2, machine
-from runs import Runs, write_tables
+from runs import Runs, experiment
 
-from ullme.artifacts import ArtifactRef, Store, write_atomic
+from ullme.artifacts import ArtifactRef, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig
 from ullme.encoding import ENCODE, EncodeConfig
@@ -312,31 +311,17 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with squad_sent; without it, the confirmation is on pydocs alone")
-    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
-    parser.add_argument("--json", type=Path, help="write the result to this file, after every part")
-    parser.add_argument("--write", type=Path, help="write the tables into this page")
-    parser.add_argument("--quick", action="store_true", help="a few queries and steps, the first strategies: does it run")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ullme-results-") as scratch:
-        folder = arguments.work or Path(scratch)
-        bench = Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
-        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
-        again += ["--data", str(arguments.data)] if arguments.data else []
-        runs = Runs(folder, __file__, again)
-        if arguments.one:
-            name = json.loads(arguments.one)
-            runs.keep(name, bench.run(*name))
-            return
-        for result in everything(runs, bench):
-            if arguments.json:
-                write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
-            text = tables(result)
-            if arguments.write:
-                write_tables(arguments.write, "strategies", text)
-        print(text)
+
+    def bench(arguments: argparse.Namespace, folder: Path) -> Bench:
+        return Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
+
+    experiment(
+        __file__,
+        __doc__,
+        run=lambda arguments, folder, name: bench(arguments, folder).run(*name),
+        everything=lambda arguments, folder, runs: everything(runs, bench(arguments, folder)),
+        tables=tables,
+    )
 
 
 if __name__ == "__main__":

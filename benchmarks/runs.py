@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ullme.artifacts import write_atomic
 
-__all__ = ["Runs", "write_tables"]
+__all__ = ["Runs", "experiment"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,42 @@ def write_tables(file: Path, name: str, text: str) -> None:
     if start not in page or end not in page:
         raise SystemExit(f"{file}: expected the marks {start.strip()} and {end} to write the tables between")
     write_atomic(file, page.partition(start)[0] + start + text + end + page.partition(end)[2])
+
+
+def experiment(
+    script: str,
+    description: str | None,
+    *,
+    run: Callable[[argparse.Namespace, Path, Sequence[Any]], Any],
+    everything: Callable[[argparse.Namespace, Path, Runs], Iterator[Mapping[str, Any]]],
+    tables: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """The command line of an experiment: run what is missing, print, and write JSON and tables after every part.
+
+    run: one run by its name, in a process of its own; everything: what is known so far, part by part.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the collections; what needs them is otherwise left out")
+    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
+    parser.add_argument("--json", type=Path, help="write the result to this file, after every part")
+    parser.add_argument("--write", type=Path, help="write the tables into this page")
+    parser.add_argument("--quick", action="store_true", help="a few queries and steps of a part of it: does it run")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ullme-experiment-") as scratch:
+        folder = arguments.work or Path(scratch)
+        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
+        again += ["--data", str(arguments.data)] if arguments.data else []
+        runs = Runs(folder, script, again)
+        if arguments.one:
+            name = json.loads(arguments.one)
+            runs.keep(name, run(arguments, folder, name))
+            return
+        text = ""
+        for result in everything(arguments, folder, runs):
+            text = tables(result)
+            if arguments.json:
+                write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+            if arguments.write:
+                write_tables(arguments.write, Path(script).stem, text)
+        print(text)

@@ -124,7 +124,8 @@ def write(encoder: Encoder, path: Path) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if isinstance(encoder.pooler, LatentAttention | SpecialTokens):
         encoder.pooler.save(str(path / f"1_{type(encoder.pooler).__name__}"))
-        _carry(type(encoder.pooler), path)
+        if not (isinstance(encoder.pooler, SpecialTokens) and encoder.pooler.is_last_token):
+            _carry(type(encoder.pooler), path)
     if _reads_several(encoder):
         from ullme.masked import MaskedTransformer
 
@@ -209,7 +210,7 @@ def _described(encoder: Encoder) -> dict[str, Any]:
     special = encoder.pooler if isinstance(encoder.pooler, SpecialTokens) else None
     if isinstance(encoder.pooler, LatentAttention):
         chain.append(("1_LatentAttention", "latent.LatentAttention"))
-    elif special is not None and (special.count > 1 or special.head is not None):
+    elif special is not None and not special.is_last_token:
         chain.append(("1_SpecialTokens", "special.SpecialTokens"))
     else:
         chain.append(("1_Pooling", f"{PACKAGE}.sentence_transformer.modules.pooling.Pooling"))

@@ -42,6 +42,11 @@ class SpecialTokens(nn.Module):
         return self.settings["dim"] * (self.count if self.merge == "concat" else 1)
 
     @property
+    def is_last_token(self) -> bool:
+        """Whether the embedding is simply the state of the last token: one special token, and nothing above it."""
+        return self.count == 1 and self.head is None
+
+    @property
     def ids(self) -> list[int]:
         """What stands behind every text, as token ids."""
         return list(range(self.first, self.first + self.count))
