@@ -1,15 +1,17 @@
 """What a training step costs: against sentence-transformers' cached contrastive loss, and what each term of GRL adds.
 
-    python benchmarks/train.py --json train.json          SmolLM2-135M, LoRA, bfloat16: some 60 minutes on two cores
+    python benchmarks/train.py --json train.json          SmolLM2-135M, LoRA: some 50 minutes on two cores
     python benchmarks/train.py --quick                    smaller batches and fewer repetitions, under 5 minutes
     python benchmarks/train.py --device cuda              random weights of a Llama-3-8B shape on a GPU
 
 Functions of the standard library as passages, their summaries as queries; passages of at most 128 tokens, the same LoRA (rank 16,
-float32, all linear layers) and the same token rows on both sides. A step is forward and backward passes, without the optimizer.
-Runs alternate, the median counts; peak memory is that of a process of its own, above what it holds when the model is loaded.
+float32, all linear layers), the same dtype (bfloat16 where the machine multiplies it natively, else float32) and the same token
+rows on both sides, sorted by length. Each side at its best attention and tokens per pass. A step is forward and backward passes,
+without the optimizer. Runs alternate, the median counts; peak memory is that of a process of its own, above what it holds when the
+model is loaded.
 
     ratio_speed           tokens/s of our contrastive step over CachedMultipleNegativesRankingLoss at its best
-                          mini_batch_num_tokens
+                          mini_batch_num_tokens and attention
     ratio_memory          our peak memory over theirs
     ratio_grl_over_cl     seconds of a GRL step (live log p(passage | query), reference included, 4 candidates) over those of a
                           contrastive step on the same rows with the same budget
@@ -18,9 +20,9 @@ Runs alternate, the median counts; peak memory is that of a process of its own, 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ import torch
 from encode import NOT_RUN, SHAPE, SHAPES, SMOLLM2, alternate, machine, matrix_rate, random_texts, timed
 from torch import Tensor, nn
 
+from ullme.backbone import native_attention, native_dtype
 from ullme.batches import TokenRow
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.gradcache import TrainBatch, step
@@ -45,6 +48,8 @@ from ullme.sampling import GenerationScore
 from ullme.training import LoraConfig
 
 PASSAGE_TOKENS = 128
+DTYPE = getattr(torch, native_dtype())
+ATTENTIONS = ("eager", "sdpa")
 LORA = LoraConfig(rank=16, alpha=32)
 CL = Contrastive(kind="contrastive")
 GRL = Grl(kind="grl")
@@ -55,15 +60,27 @@ SCORES: tuple[GenerationScore, ...] = ("pmi", "query_given_passage", "sum")
 class Effort:
     """How much is measured. pairs: queries of the contrastive step; queries: of the GRL step; budgets: tokens per pass tried."""
 
-    pairs: int = 64
-    queries: int = 16
+    pairs: int = 32
+    queries: int = 8
     candidates: int = 4
     budget: int = 4096
-    budgets: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    budgets: tuple[int, ...] = (1024, 2048, 4096)
     repetitions: int = 5
+    every_variant: bool = True
 
 
-QUICK = Effort(12, 4, 4, 2048, (1024, 4096), 2)
+QUICK = Effort(4, 1, 4, 1024, (512,), 2, every_variant=False)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a side goes through its rows. budget: tokens per pass."""
+
+    attention: str
+    budget: int
+
+    def __str__(self) -> str:
+        return f"{self.attention}, {self.budget} tokens"
 
 
 # The rows
@@ -81,8 +98,12 @@ def texts(count: int) -> list[tuple[str, str]]:
 
 
 def batch_of(encoder: Encoder, queries: int, candidates: int, *, score: GenerationScore = "passage_given_query") -> TrainBatch:
-    """Every query with its passage and passages of others as negatives; scored by the language model."""
+    """Every query with its passage and passages of others as negatives; scored by the language model.
+
+    The queries come by the length of their passages, so that the peer, which does not sort its rows, pads as little as it can.
+    """
     pairs = texts(queries * candidates)
+    pairs[:queries] = sorted(pairs[:queries], key=lambda pair: len(pair[1]))
     asked = [query for query, _ in pairs[:queries]]
     passages = [passage for _, passage in pairs]
     order = [place + queries * column for place in range(queries) for column in range(candidates)]
@@ -116,29 +137,30 @@ def tokens_of(batch: TrainBatch) -> int:
 # What is timed
 
 
-def ours(encoder: Encoder, objective: Objective, batch: TrainBatch, budget: int) -> Callable[[], None]:
+def ours(encoder: Encoder, objective: Objective, batch: TrainBatch, passes: Passes) -> Callable[[], None]:
     """A step of ours."""
 
     def run() -> None:
+        encoder.model.set_attn_implementation(passes.attention)
         encoder.model.train()
-        step(encoder, objective, batch, chunk_tokens=budget)
+        step(encoder, objective, batch, chunk_tokens=passes.budget)
         encoder.model.zero_grad(set_to_none=True)
 
     return run
 
 
-def theirs(folder: Path, batch: TrainBatch, budget: int) -> Callable[[], None]:
+def theirs(folder: Path, batch: TrainBatch, passes: Passes) -> Callable[[], None]:
     """A step of sentence-transformers: the first candidate is the positive, the others are negatives."""
     from peft import LoraConfig as PeftLora
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": DTYPE, "attn_implementation": passes.attention})
     settings: Any = PeftLora(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
     model.add_adapter(settings)
     columns = [batch.queries, *[[batch.documents[place] for place in column] for column in batch.candidates.T]]
     features = [_features(rows, model) for rows in columns]
-    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=budget)
+    loss = CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=passes.budget)
 
     def run() -> None:
         model.train()
@@ -206,52 +228,78 @@ def loaded(folder: Path) -> Encoder:
     return encoder
 
 
-def peak(folder: Path, what: str, effort: Effort, budget: int) -> int:
+def peak(folder: Path, what: str, effort: Effort, passes: Passes) -> int:
     """Bytes above the loaded model that a step takes at its peak."""
-    command = [sys.executable, __file__, "--child", what, "--work", str(folder), "--budget", str(budget)]
-    command += ["--pairs", str(effort.pairs), "--queries", str(effort.queries), "--candidates", str(effort.candidates)]
+    command = [sys.executable, __file__, "--child", what, "--work", str(folder)]
+    given = {"attention": passes.attention, "budget": passes.budget, **vars(effort)}
+    for name in ("attention", "budget", "pairs", "queries", "candidates"):
+        command += [f"--{name}", str(given[name])]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def child(arguments: argparse.Namespace) -> int:
     """Peak memory of one step in this process, in bytes."""
     encoder = loaded(arguments.work)
+    passes = Passes(arguments.attention, arguments.budget)
     contrastive = arguments.child in ("ours", "theirs")
     batch = batch_of(encoder, arguments.pairs, 1) if contrastive else batch_of(encoder, arguments.queries, arguments.candidates)
     run = {
-        "ours": lambda: ours(encoder, CL, batch, arguments.budget),
-        "theirs": lambda: theirs(arguments.work, batch, arguments.budget),
-        "cl": lambda: ours(encoder, CL, batch, arguments.budget),
-        "grl": lambda: ours(encoder, GRL, batch, arguments.budget),
+        "ours": lambda: ours(encoder, CL, batch, passes),
+        "theirs": lambda: theirs(arguments.work, batch, passes),
+        "cl": lambda: ours(encoder, CL, batch, passes),
+        "grl": lambda: ours(encoder, GRL, batch, passes),
         "naive": lambda: naive(encoder, batch),
     }[arguments.child]()
     if arguments.child == "theirs":
         del encoder
         gc.collect()
-    file = Path("/proc/self/status")
-    before = next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith("VmRSS"))
+    ctypes.CDLL(None).malloc_trim(0)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     run()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return memory("VmHWM") - before
+
+
+def memory(line: str) -> int:
+    """This process's, in bytes, as Linux names it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(row.split()[1]) * 1024 for row in status if row.startswith(line))
 
 
 # Measurements
+
+
+def best_of(make: Callable[[Passes], Callable[[], None]], effort: Effort) -> tuple[Passes, dict[str, float]]:
+    """The fastest attention, and with it the fastest tokens per pass; and the seconds of all that was tried."""
+    tried: dict[Passes, float] = {}
+
+    def seconds(passes: Passes) -> float:
+        if passes not in tried:
+            run = make(passes)
+            run()
+            tried[passes] = timed(run)
+        return tried[passes]
+
+    middle = effort.budgets[len(effort.budgets) // 2]
+    attention = min(ATTENTIONS, key=lambda attention: seconds(Passes(attention, middle)))
+    best = min((Passes(attention, budget) for budget in effort.budgets), key=seconds)
+    return best, {str(passes): round(value, 2) for passes, value in tried.items()}
 
 
 def contrastive(folder: Path, effort: Effort) -> dict[str, Any]:
     """Our contrastive step against the peer's."""
     encoder = loaded(folder)
     batch = batch_of(encoder, effort.pairs, 1)
-    tried: dict[str, dict[int, float]] = {"ours": {}, "theirs": {}}
-    for budget in effort.budgets:
-        for name, made in (("ours", ours(encoder, CL, batch, budget)), ("theirs", theirs(folder, batch, budget))):
-            made()
-            tried[name][budget] = timed(made)
-    best = {name: min(seconds, key=lambda budget, seconds=seconds: seconds[budget]) for name, seconds in tried.items()}
-    runs = {"ours": ours(encoder, CL, batch, best["ours"]), "theirs": theirs(folder, batch, best["theirs"])}
+    make: dict[str, Callable[[Passes], Callable[[], None]]] = {
+        "ours": lambda passes: ours(encoder, CL, batch, passes),
+        "theirs": lambda passes: theirs(folder, batch, passes),
+    }
+    found = {name: best_of(made, effort) for name, made in make.items()}
+    runs = {name: make[name](best) for name, (best, _) in found.items()}
     for run in runs.values():
         run()
     seconds = alternate(runs, effort.repetitions)
-    memory = {name: peak(folder, name, effort, best[name]) for name in runs}
+    memory = {name: peak(folder, name, effort, best) for name, (best, _) in found.items()}
     tokens = tokens_of(batch)
     return {
         "ratio_speed": round(seconds["theirs"] / seconds["ours"], 3),
@@ -261,8 +309,8 @@ def contrastive(folder: Path, effort: Effort) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "tokens_per_s": {name: round(tokens / value) for name, value in seconds.items()},
         "peak_memory_mb": {name: round(value / 2**20) for name, value in memory.items()},
-        "best_tokens_per_pass": best,
-        "tried_seconds": {name: {str(b): round(s, 2) for b, s in found.items()} for name, found in tried.items()},
+        "best": {name: str(best) for name, (best, _) in found.items()},
+        "tried_seconds": {name: tried for name, (_, tried) in found.items()},
     }
 
 
@@ -270,36 +318,36 @@ def joint(folder: Path, effort: Effort) -> dict[str, Any]:
     """GRL against contrastive learning on the same rows, its terms, its other scores, and the naive step."""
     encoder = loaded(folder)
     batch = batch_of(encoder, effort.queries, effort.candidates)
-    budget = effort.budget
-    variants: dict[str, tuple[Objective, TrainBatch]] = {
-        "contrastive": (CL, batch),
-        "grl": (GRL, batch),
-        "grl without kl": (GRL.model_copy(update={"kl_weight": 0.0}), batch),
-        "grl without preference": (GRL.model_copy(update={"preference_weight": 0.0}), batch),
-        **{f"grl, {score}": (GRL, replace(batch, score=score)) for score in SCORES},
-    }
-    runs = {name: ours(encoder, objective, rows, budget) for name, (objective, rows) in variants.items()}
+    passes = Passes(native_attention(), effort.budget)
+    variants: dict[str, tuple[Objective, TrainBatch]] = {"contrastive": (CL, batch), "grl": (GRL, batch)}
+    if effort.every_variant:
+        variants["grl without kl"] = (GRL.model_copy(update={"kl_weight": 0.0}), batch)
+        variants["grl without preference"] = (GRL.model_copy(update={"preference_weight": 0.0}), batch)
+        variants.update({f"grl, {score}": (GRL, replace(batch, score=score)) for score in SCORES})
+    runs = {name: ours(encoder, objective, rows, passes) for name, (objective, rows) in variants.items()}
     runs["naive grl"] = naive(encoder, batch)
     for run in runs.values():
         run()
     seconds = alternate(runs, effort.repetitions)
-    memory = {name: peak(folder, name, effort, budget) for name in ("cl", "grl", "naive")}
+    memory = {name: peak(folder, name, effort, passes) for name in ("cl", "grl", "naive")}
     grl = seconds["grl"]
-    return {
+    found = {
         "ratio_grl_over_cl": round(grl / seconds["contrastive"], 3),
         "ratio_grl_over_naive": round(grl / seconds["naive grl"], 3),
         "queries": effort.queries,
         "candidates": effort.candidates,
-        "tokens_per_pass": budget,
+        "passes": str(passes),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "share": {
+        "peak_memory_mb": {name: round(value / 2**20) for name, value in memory.items()},
+    }
+    if effort.every_variant:
+        found["share"] = {
             "contrastive": round(seconds["contrastive"] / grl, 3),
             "kl": round((grl - seconds["grl without kl"]) / grl, 3),
             "preference": round((grl - seconds["grl without preference"]) / grl, 3),
-        },
-        "extra_cost_of_score": {score: round(seconds[f"grl, {score}"] / grl - 1, 3) for score in SCORES},
-        "peak_memory_mb": {name: round(value / 2**20) for name, value in memory.items()},
-    }
+        }
+        found["extra_cost_of_score"] = {score: round(seconds[f"grl, {score}"] / grl - 1, 3) for score in SCORES}
+    return found
 
 
 def gpu(effort: Effort) -> dict[str, Any]:
@@ -324,7 +372,7 @@ def gpu(effort: Effort) -> dict[str, Any]:
         candidates=np.arange(effort.pairs)[:, None],
         known=np.zeros((effort.pairs, effort.pairs), dtype=bool),
     )
-    run = ours(encoder, CL, batch, 16_384)
+    run = ours(encoder, CL, batch, Passes(native_attention(), 16_384))
     run()
     torch.cuda.reset_peak_memory_stats()
     seconds = alternate({"ours": run}, effort.repetitions)["ours"]
@@ -348,6 +396,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="the LLM on a CPU, as `backbone.model` takes it")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--attention", help=argparse.SUPPRESS)
     for name in ("budget", "pairs", "queries", "candidates"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -359,7 +408,7 @@ def main() -> None:
     started = time.monotonic()
 
     def say() -> None:
-        text = json.dumps({**result, "quick": arguments.quick, "machine": machine()}, indent=1)
+        text = json.dumps({**result, "quick": arguments.quick, "dtype": native_dtype(), "machine": machine()}, indent=1)
         if arguments.json:
             arguments.json.write_text(text + "\n", encoding="utf-8")
         print(f"{time.monotonic() - started:.0f} s\n{text}", flush=True)
@@ -374,8 +423,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ullme-train-") as scratch:
         model, tokenizer = load_causal_lm(BackboneConfig(model=arguments.model, dtype="float32"))
         weights: Any = model
-        config = EncoderConfig(max_tokens=PASSAGE_TOKENS, dtype="bfloat16", base=arguments.model)
-        Encoder(weights.to(torch.bfloat16), tokenizer, config).save(scratch)
+        config = EncoderConfig(max_tokens=PASSAGE_TOKENS, dtype=native_dtype(), base=arguments.model)
+        Encoder(weights.to(DTYPE), tokenizer, config).save(scratch)
         del weights, model
         for name, measure in (("contrastive", contrastive), ("grl", joint)):
             result[name] = measure(Path(scratch), effort)
