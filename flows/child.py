@@ -28,6 +28,7 @@ from flows.stage import OUT_OF_MEMORY, Outcome, Request, StageRequest
 from ullme.artifacts import ArtifactRef
 from ullme.disk import as_size
 from ullme.errors import LimitExceeded, StageFailed
+from ullme.heap import HEAP
 
 __all__ = ["run_stages"]
 
@@ -43,14 +44,9 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-    "MALLOC_TOP_PAD_": str(2**28),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    **HEAP,
 }
-"""Set for the child unless the caller's environment says otherwise. Idle OpenMP threads sleep: torch and faiss share the cores.
-glibc's malloc keeps the memory of activations, in huge pages, instead of returning it after every layer: otherwise much of a
-training step on a CPU is page faults."""
+"""Set for the child unless the caller's environment says otherwise. Idle OpenMP threads sleep: torch and faiss share the cores."""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ from ullme.attention import (
     trunk,
 )
 from ullme.backbone import PoolingKind
-from ullme.batches import PASS_TOKENS, Batch, TokenRow, collate
+from ullme.batches import PASS_TOKENS, Batch, TokenRow, chunk_by_tokens, collate
 from ullme.bottleneck import segments_of
 from ullme.components import Section
+from ullme.distributed import is_sharded
 from ullme.engine import batch_tokens_for, stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.fused import ordered_weights
@@ -464,15 +465,34 @@ class Encoder:
         """
         flat = [row for group in rows for row in group]
         saved = sum((len(group) - 1) * group[0].prompt for group in rows)
-        if saved < SHARED_FROM or not shares_prefix(self.model):
-            return self.sequence_logprobs(self.collate(flat))
-        head = self.head
-        conditions = self.collate([TokenRow(group[0].ids[: group[0].prompt]) for group in rows])
-        passages = self.collate([TokenRow(row.ids[row.prompt :]) for row in flat])
-        owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
-        with self._language():
-            hidden = continued_states(self.model, conditions, passages, owner)
-        return summed_logprobs(hidden, passages.input_ids, passages.attention_mask, head)
+        shared = saved >= SHARED_FROM and shares_prefix(self.model)
+        lengths = [len(row) - row.prompt if shared else len(row) for row in flat]
+        places = self._alike(lengths)
+        if shared:
+            head = self.head
+            owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
+            conditions = self.collate([TokenRow(group[0].ids[: group[0].prompt]) for group in rows])
+            passages = [self.collate([TokenRow(flat[place].ids[flat[place].prompt :]) for place in some]) for some in places]
+            with self._language():
+                states = continued_states(
+                    self.model, conditions, [(batch, owner[some]) for batch, some in zip(passages, places, strict=True)]
+                )
+            found = [
+                summed_logprobs(hidden, batch.input_ids, batch.attention_mask, head)
+                for hidden, batch in zip(states, passages, strict=True)
+            ]
+        else:
+            found = [self.sequence_logprobs(self.collate([flat[place] for place in some])) for some in places]
+        order = torch.tensor([place for some in places for place in some], device=self.device).argsort()
+        return torch.cat([sums for sums, _ in found])[order], torch.cat([counts for _, counts in found])[order]
+
+    def _alike(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Positions of rows that go through the model together, of about one length; all at once where weights are sharded, since
+        every process must then run the model equally often.
+        """
+        if any(map(is_sharded, self.model.parameters())):
+            return [list(range(len(lengths)))]
+        return list(chunk_by_tokens(lengths, sum(lengths) + max(lengths) * len(lengths)))
 
     @property
     def head(self) -> nn.Module:

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["kept_memory"]
+__all__ = ["HEAP", "kept_memory"]
+
+HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""Environment of a process that trains: it keeps the memory of activations, in huge pages, from its start to its end."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_MMAP, KEPT_TRIM = 2**30, 2**31 - 1  # the most that mallopt takes

@@ -96,16 +96,53 @@ def _masked_log_softmax(logits: Tensor, present: Tensor) -> Tensor:
     return functional.log_softmax(logits.masked_fill(~present, lowest), dim=1).masked_fill(~present, 0.0)
 
 
+class _FrozenHead(torch.autograd.Function):
+    """log softmax(H W^T)[target] per token and its gradient (W[target] - softmax W), a block of rows after the other.
+
+    Each logit is computed once, not again in the backward pass: the gradient of a token's log-probability is known before anybody
+    asks for it, up to the factor that comes back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        found = at_least_float32(hidden.new_empty(len(hidden)))
+        gradient = torch.empty_like(hidden) if learns else None
+        rows = max(1, LOGIT_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), rows):
+            block = slice(start, start + rows)
+            logits, wanted = at_least_float32(hidden[block] @ weight.T), targets[block].unsqueeze(1)
+            chosen = logits.gather(1, wanted)
+            if gradient is None:
+                found[block] = chosen.squeeze(1) - logits.logsumexp(1)
+                continue
+            most = logits.amax(1, keepdim=True)
+            total = logits.sub_(most).exp_().sum(1, keepdim=True)
+            found[block] = (chosen - most - total.log()).squeeze(1)
+            logits.div_(-total).scatter_add_(1, wanted, torch.ones_like(chosen))
+            gradient[block] = logits.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outputs[0].unsqueeze(1)).to(gradient.dtype), None, None, None
+
+
 def token_logprobs(hidden: Float[Tensor, "T D"], head: nn.Module, targets: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
     """log softmax(head(hidden))[targets] per token, without ever holding all T x V logits.
 
-    A plain linear head goes through torch's fused linear cross-entropy where this torch has it; anything else in
-    checkpointed chunks.
+    A frozen linear head, as under LoRA, gives the gradient on the way: two products, nothing computed twice. One that is trained
+    goes through torch's fused linear cross-entropy, where this torch has it; anything else in checkpointed chunks.
     """
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    plain = weight is not None and bias is None and type(weight) in (Tensor, nn.Parameter) and isinstance(head, nn.Linear)
+    if weight is not None and plain and not weight.requires_grad:
+        return _FrozenHead.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad)  # type: ignore[no-any-return]
     fused: Callable[..., Tensor] | None = getattr(functional, "linear_cross_entropy", None)
     options: Any = getattr(nn, "LinearCrossEntropyOptions", None)
-    if fused is not None and options is not None and weight is not None and bias is None and len(hidden) >= hidden.shape[1]:
+    if fused is not None and options is not None and plain and len(hidden) >= hidden.shape[1]:
         return -at_least_float32(fused(hidden, weight, targets, reduction="none", options=options()))
     vocabulary = weight.shape[0] if weight is not None else head(hidden[:1]).shape[-1]
     rows = max(1, LOGIT_BYTES // (4 * vocabulary))

@@ -375,20 +375,22 @@ def test_every_pooling_is_chunk_invariant(pooling: Any) -> None:
     assert max(errors(apart, once)) <= 1e-9
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_both_ways_to_the_log_probabilities_give_the_same_step(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["frozen head", "fused", "chunks"])
+def test_every_way_to_the_log_probabilities_gives_the_same_step(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder64()
+    encoder.model.get_output_embeddings().weight.requires_grad_(way != "frozen head")
     batch = toy_batch(encoder)
     _, expected = uncached(encoder, GRL, batch)
     seen = []
-    if fused:
-        plain = torch.nn.functional.linear_cross_entropy
-        monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *a, **k: (seen.append(1), plain(*a, **k))[1])
-    else:
+    for holder, name in ((torch.nn.functional, "linear_cross_entropy"), (losses._FrozenHead, "apply")):
+        plain = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *a, plain=plain, name=name, **k: (seen.append(name), plain(*a, **k))[1])
+    if way == "chunks":
         monkeypatch.delattr(nn, "LinearCrossEntropyOptions")
+    if way != "fused":
         monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 258 * 10)
     _, got = cached(encoder, GRL, batch, 100_000)
-    assert bool(seen) == fused
+    assert set(seen) == {"frozen head": {"apply"}, "fused": {"linear_cross_entropy"}, "chunks": set()}[way]
     assert max(errors(got, expected)) <= 1e-9
 
 
