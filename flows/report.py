@@ -35,10 +35,10 @@ SHARES = {
 def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotion, *, seconds: float) -> dict[str, Any]:
     """What a run did and found, as plain JSON.
 
-    scores, intervals: system -> task -> metric; index_scores, index_intervals: the same through the index. queries,
-    documents: task -> count. comparisons: the tuned model against each other system by the promotion's metric. stages:
-    name -> status (reused | ran), seconds, artifact. texts_encoded: by the released model. released: name, version,
-    champion, why, model and index.
+    scores, intervals: system -> task -> metric; index_scores, index_intervals: the same through the index; hybrid_scores,
+    hybrid_intervals: together with BM25. queries, documents: task -> count. comparisons: the tuned model against each other system
+    by the promotion's metric. stages: name -> status (reused | ran), seconds, artifact. texts_encoded: by the released model.
+    released: name, version, champion, why, model and index.
     """
     config = pipeline.config
     refs = pipeline.reports()
@@ -59,8 +59,13 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
     return {
         "scores": {system: _ordered(report["scores"], config.evaluation.metrics) for system, report in reports.items()},
         "intervals": {system: report["intervals"] for system, report in reports.items()},
-        "index_scores": {system: report["index_scores"] for system, report in reports.items() if report["index_scores"]},
-        "index_intervals": {system: report["index_intervals"] for system, report in reports.items() if report["index_scores"]},
+        **{
+            f"{through}_{what}": {
+                system: report[f"{through}_{what}"] for system, report in reports.items() if report.get(f"{through}_{what}")
+            }
+            for through in ("index", "hybrid")
+            for what in ("scores", "intervals")
+        },
         "queries": tuned["queries"],
         "documents": tuned["documents"],
         "controls": tuned["controls"],
@@ -127,8 +132,11 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], M
     for system in ORDER:
         if system in summary["scores"]:
             columns.append((system, summary["scores"][system], summary["intervals"][system]))
-            if system in summary["index_scores"]:
-                columns.append((f"{system} (index)", summary["index_scores"][system], summary["index_intervals"][system]))
+            columns += [
+                (f"{system} ({through})", summary[f"{through}_scores"][system], summary[f"{through}_intervals"][system])
+                for through in ("index", "hybrid")
+                if system in summary.get(f"{through}_scores", {})
+            ]
     return columns
 
 

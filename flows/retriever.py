@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ArtifactError, ContractError
+from ullme.filters import Filter
+from ullme.neighbours import MISSING_ROW
+from ullme.reranking import FUSED_DEPTH, Reranker, fused
 
 if TYPE_CHECKING:
     from indexes.index import Index
     from ullme.data import Dataset
     from ullme.encoder import Encoder
+    from ullme.lexical import BM25Searcher
     from ullme.records import Document
 
 __all__ = ["Hit", "Release", "Retriever"]
@@ -66,11 +72,12 @@ class Release(BaseModel):
 
 
 class Hit(BaseModel):
-    """One answer. rank starts at 1; score is the cosine of query and passage; excerpt is its beginning, for reading.
+    """One answer. rank starts at 1; score is what the answers are ordered by: the cosine of query and passage, of a hybrid search
+    the fused ranks, of a reranked one the reranker's; excerpt is its beginning, for reading.
 
     id: of the document; what follows is that of its best passage, where it was cut into some, else of the document itself.
     passage: id of that passage. section: where in the document it stands. passages: how many of the document's passages were
-    among those that were looked at.
+    among those that were looked at. metadata: of the document.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,6 +91,7 @@ class Hit(BaseModel):
     passage: str
     section: str
     passages: int
+    metadata: Mapping[str, Any] = {}
 
 
 class Retriever:
@@ -92,6 +100,7 @@ class Retriever:
     def __init__(self, encoder: Encoder, index: Index, dataset: Dataset) -> None:
         """Use `Retriever.open`."""
         self.encoder, self.index, self._dataset = encoder, index, dataset
+        self.seconds: dict[str, float] = {}
         self._documents = {document.id: document for document in dataset.documents()}
         self._in_passages = any(document.parent for document in self._documents.values())
         missing = next((name for name in index.ids if name not in self._documents), None)
@@ -129,40 +138,110 @@ class Retriever:
         """Float32[Q D] of query texts, unit norm."""
         return self.encoder.encode(texts, prompt="query", dataset=self._dataset.name)
 
-    def search(self, texts: Sequence[str], k: int = 5) -> list[list[Hit]]:
-        """The k best documents of each text, best first; fewer where the corpus has fewer.
+    def search(
+        self,
+        texts: Sequence[str],
+        k: int = 5,
+        *,
+        where: Mapping[str, Any] | Sequence[str] | Filter | None = None,
+        hybrid: bool = False,
+        rerank: Reranker | None = None,
+    ) -> list[list[Hit]]:
+        """The k best documents of each text, best first; fewer where there are fewer.
 
-        A document that was cut into passages is found by its best one.
+        A document that was cut into passages is found by its best one. `seconds` then says how long each part took.
+
+        Args:
+            texts: the questions.
+            k: documents for each, >= 1.
+            where: conditions on the documents' metadata, such as {"year": {"min": 2020}} (see `ullme.filters`).
+            hybrid: put the model's ranking and that of BM25 together, by reciprocal-rank fusion.
+            rerank: read the best of them once more, each together with its question.
 
         Raises:
-            ContractError: k < 1.
+            ContractError: k < 1. ConfigError: a filter that does not fit the documents; a reranker that cannot be had.
         """
+        if k < 1:
+            raise ContractError(f"search: expected k >= 1, got {k}")
+        self.seconds = {}
         if not texts:
             return []
+        among = self._allowed(where)
+        started = time.perf_counter()
         vectors = self.embed(texts)
-        hits: list[list[Hit]] = [[] for _ in texts]
-        wanting, reach = list(range(len(texts))), k
-        while wanting:
-            found = self.index.search(vectors[wanting], reach)
-            for place, rows, scores in zip(wanting, found.rows, found.scores, strict=True):
-                hits[place] = self._hits(rows, scores)
-            if not self._in_passages or reach >= self.index.count:
-                break
-            wanting = [place for place in wanting if len(hits[place]) < k]
-            reach = min(2 * reach, self.index.count)
-        return [of_text[:k] for of_text in hits]
+        self.seconds["encode"] = time.perf_counter() - started
+        wanted = max(k, rerank.depth) if rerank else k
+        started = time.perf_counter()
+        rankings = self._hybrid(texts, vectors, wanted, among) if hybrid else self._nearest(vectors, wanted, among)
+        self.seconds["search"] = time.perf_counter() - started
+        if rerank:
+            started = time.perf_counter()
+            rankings = self._reranked(rerank, texts, rankings)
+            self.seconds["rerank"] = time.perf_counter() - started
+        return [self._hits(ranking)[:k] for ranking in rankings]
 
-    def _hits(self, rows: Any, scores: Any) -> list[Hit]:
-        """One hit for each document that the rows belong to, in the order of their best passages."""
-        best: dict[str, tuple[Document, float]] = {}
-        seen: Counter[str] = Counter()
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            if row < 0:
+    @cached_property
+    def _rows(self) -> list[Document]:
+        """The document of each row of the index."""
+        return [self._documents[name] for name in self.index.ids]
+
+    @cached_property
+    def _lexical(self) -> BM25Searcher:
+        """BM25 over the same rows, made when it is first asked for."""
+        from ullme.lexical import BM25Searcher
+
+        return BM25Searcher([document.content for document in self._rows], self.index.ids)
+
+    def _allowed(self, where: Mapping[str, Any] | Sequence[str] | Filter | None) -> np.ndarray | None:
+        """Int64[n]: the rows that a filter leaves; None = all."""
+        conditions = Filter.of(where)
+        return conditions.rows([document.metadata for document in self._rows]) if conditions.conditions else None
+
+    def _nearest(self, vectors: np.ndarray, k: int, among: np.ndarray | None) -> list[list[tuple[int, float]]]:
+        """(row, cosine) of the nearest passages of each query: enough for k documents, if there are as many."""
+        found: list[list[tuple[int, float]]] = [[] for _ in vectors]
+        wanting, reach = list(range(len(vectors))), k
+        most = self.index.count if among is None else len(among)
+        while wanting:
+            near = self.index.search(vectors[wanting], reach, among=among)
+            for place, rows, scores in zip(wanting, near.rows.tolist(), near.scores.tolist(), strict=True):
+                found[place] = [(row, score) for row, score in zip(rows, scores, strict=True) if row != MISSING_ROW]
+            if not self._in_passages or reach >= most:
                 break
-            document = self._documents[str(self.index.ids[row])]
-            name = document.parent or document.id
-            best.setdefault(name, (document, score))
-            seen[name] += 1
+            wanting = [place for place in wanting if len({self._document_of(row) for row, _ in found[place]}) < k]
+            reach = min(2 * reach, most)
+        return found
+
+    def _hybrid(self, texts: Sequence[str], vectors: np.ndarray, k: int, among: np.ndarray | None) -> list[list[tuple[int, float]]]:
+        """(row, fused score): passages that the model or BM25 ranks high."""
+        depth = max(FUSED_DEPTH, 2 * k)
+        dense = self._nearest(vectors, depth, among)
+        words = self._lexical.search(texts, depth, among=among).rows.tolist()
+        return [
+            fused([[row for row, _ in ranking], [row for row in rows if row != MISSING_ROW]])
+            for ranking, rows in zip(dense, words, strict=True)
+        ]
+
+    def _reranked(
+        self, rerank: Reranker, texts: Sequence[str], rankings: Sequence[Sequence[tuple[int, float]]]
+    ) -> list[list[tuple[int, float]]]:
+        """(row, the reranker's score) of the best passages; the others are left out."""
+        best = [[row for row, _ in ranking[: rerank.depth]] for ranking in rankings]
+        scores = rerank.scores(self.encoder, texts, [[self._rows[row].content for row in rows] for rows in best])
+        return [
+            [(rows[place], float(of[place])) for place in np.argsort(-of, kind="stable")]
+            for rows, of in zip(best, scores, strict=True)
+        ]
+
+    def _document_of(self, row: int) -> str:
+        return self._rows[row].parent or self._rows[row].id
+
+    def _hits(self, ranking: Sequence[tuple[int, float]]) -> list[Hit]:
+        """One hit for each document that the passages belong to, in the order of their best ones."""
+        best: dict[str, tuple[Document, float]] = {}
+        seen = Counter(self._document_of(row) for row, _ in ranking)
+        for row, score in ranking:
+            best.setdefault(self._document_of(row), (self._rows[row], score))
         return [
             Hit(
                 rank=rank,
@@ -174,6 +253,7 @@ class Retriever:
                 passage=document.id,
                 section=document.section,
                 passages=seen[name],
+                metadata=document.metadata,
             )
             for rank, (name, (document, score)) in enumerate(best.items(), start=1)
         ]

@@ -48,7 +48,14 @@ def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:
     """Stage: embeddings -> index."""
     draft.restart()
     vectors = open_embeddings(inputs["embeddings"])
-    draft.meta |= build(section, vectors.shards, out=draft.path, fingerprint=vectors.fingerprint, seed=draft.seed)
+    draft.meta |= build(
+        section,
+        vectors.shards,
+        out=draft.path,
+        fingerprint=vectors.fingerprint,
+        seed=draft.seed,
+        queries=vectors.queries(),
+    )
 
 
 def open_index(path: Path, fingerprint: str) -> Index:
@@ -92,7 +99,7 @@ STAGES: dict[str, Work] = {
     "synthesise": Work(SYNTHESISE, SyntheticConfig.model_validate),
     "train": Work(TRAIN, TrainConfig.model_validate),
     "encode": Work(ENCODE, EncodeConfig.model_validate, seeded=False),
-    "index": Work(Stage("index", "index", 1, build_index, space), partial(resolve, "indexes")),
+    "index": Work(Stage("index", "index", 2, build_index, space), partial(resolve, "indexes")),
     "evaluate": Work(replace(EVALUATE, run=partial(evaluate, open_index=open_index)), EvalConfig.model_validate),
 }
 

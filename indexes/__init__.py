@@ -1,4 +1,4 @@
-"""FAISS indexes of encoded corpora. faiss is imported in `indexes/index.py` only; vectors come and go as numpy arrays.
+"""FAISS indexes of encoded corpora. Only `index.py` and `_faiss.py` call faiss; vectors come and go as numpy arrays.
 
 Every other module here is a kind: a frozen value with its fields, its factory string and its search parameters.
 """

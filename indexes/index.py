@@ -1,4 +1,4 @@
-"""Build an index of unit vectors, and search it. Every faiss call of the project is in this module.
+"""Build an index of unit vectors, and search it. faiss is called here and in `_faiss.py` only.
 
     index.faiss    vectors and search structure as faiss writes them, search parameters included
     ids.arrow      one column `id`: the document of each row (faiss knows only row numbers)
@@ -12,7 +12,6 @@ Indexes are always built and written on the CPU; `Index.open(..., device="gpu")`
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import time
@@ -31,15 +30,15 @@ from indexes._corpus import (
     read_ids,
     read_vectors,
     rescored,
-    settle,
     write_ids,
     write_vectors,
 )
 from indexes._exam import Exam
+from indexes._faiss import gpu_copy, last_line, load_faiss, read_index, selecting, set_parameters, stored_vectors, write_index
 from ullme.artifacts import Inputs, sha256_file, write_atomic
 from ullme.components import Component, resolve
 from ullme.errors import ArtifactError, ConfigError, ContractError
-from ullme.neighbours import MISSING_ROW, Neighbours
+from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours
 
 __all__ = ["CODE_BYTES", "CODE_NAMES", "Codes", "Index", "IndexKind", "Refine", "Shards", "build", "range_training_points", "space"]
 
@@ -50,6 +49,8 @@ METRIC = "inner_product"
 INDEX_FILE, IDS_FILE, VECTORS_FILE, CARD_FILE = "index.faiss", "ids.arrow", "vectors.npy", "index.json"
 GPU_K_LIMIT = 2_048
 MOST_SEARCHED = 4_096
+EXACT_AMONG = 10_000
+"""Of fewer rows all are compared when a search is among some only."""
 UNIT = 1e-3
 POINTS_PER_CENTROID = 32  # fewer than any kind learns from
 CARD_BYTES, PER_VECTOR_SLACK = 4_000, 1.1
@@ -180,9 +181,9 @@ class Index:
                 raise ArtifactError(
                     f"{path}: {name} is damaged or belongs to another index (its sha256 differs from {CARD_FILE}); build it again"
                 )
-        faiss = _faiss()
+        faiss = load_faiss()
         ids = read_ids(path / IDS_FILE)
-        index = _read_index(faiss, path / INDEX_FILE, kind.reading_bytes(card["count"], card["dim"]))
+        index = read_index(faiss, path / INDEX_FILE, kind.reading_bytes(card["count"], card["dim"]))
         if (index.ntotal, index.d, len(ids)) != (card["count"], card["dim"], card["count"]):
             raise ArtifactError(
                 f"{path}: {CARD_FILE} says {card['count']} vectors of dim {card['dim']}, {INDEX_FILE} holds {index.ntotal} of dim "
@@ -191,7 +192,7 @@ class Index:
         vectors = read_vectors(path / VECTORS_FILE) if kind.refine else None
         if vectors is not None and vectors.shape != (card["count"], card["dim"]):
             raise ArtifactError(f"{path}: {VECTORS_FILE} is not of this index; build it again")
-        return cls(card, ids, kind, (index, _gpu_copy(faiss, index, kind, device)), vectors)
+        return cls(card, ids, kind, (index, gpu_copy(faiss, index, kind, device)), vectors)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -230,15 +231,16 @@ class Index:
         where = "cpu" if self._gpu is None else "gpu"
         return f"Index({self._card['factory']}, {self.count:,} x {self.dim}, model {self.fingerprint[:12]}, {where})"
 
-    def search(self, vectors: np.ndarray, k: int) -> Neighbours:
+    def search(self, vectors: np.ndarray, k: int, *, among: np.ndarray | None = None) -> Neighbours:
         """The k nearest documents of each query.
 
         Args:
             vectors: Float[Q D], finite; Q may be 0.
             k: how many to return, >= 1. Places beyond what was found hold row -1 and score -inf.
+            among: Int64[n], the rows that may be found, ascending and distinct; None = all.
 
         Raises:
-            ContractError: another shape or dim, a query that is not finite, or k < 1.
+            ContractError: another shape or dim, a query that is not finite, k < 1, or rows that are not there.
         """
         queries = np.asarray(vectors)
         if queries.ndim != 2 or queries.shape[1] != self.dim or queries.dtype.kind not in "fiu":
@@ -251,24 +253,43 @@ class Index:
             raise ContractError(
                 f"Index.search: query {bad[0]} holds NaN or infinity ({len(bad)} of {len(queries)} do); encode it again"
             )
+        if among is not None and len(among) and not (among[0] >= 0 and among[-1] < self.count and (np.diff(among) > 0).all()):
+            raise ContractError(f"Index.search: expected ascending rows from 0 to {self.count - 1} to search among")
         rows = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        reach = min(k, self.count)
-        wide = reach if self._vectors is None else min(self.count, reach * self._kind.k_factor)
-        if len(queries):
-            index = self._cpu if self._gpu is None or wide > GPU_K_LIMIT else self._gpu
-            norms = np.linalg.norm(queries, axis=1, keepdims=True)
-            scale = np.where((norms == 0) | (np.abs(norms - 1) < UNIT), 1, norms)  # some codes rank by more than the direction
-            found, places = index.search(queries / scale, wide)
-            found = found * scale
-            if self._vectors is not None:
-                found, places = rescored(self._vectors, queries, places, reach)
+        reach = min(k, self.count if among is None else len(among))
+        if len(queries) and reach:
+            if among is not None and len(among) <= EXACT_AMONG:
+                found, places = self._compared(queries, reach, among)
+            else:
+                found, places = self._searched(queries, reach, among)
             rows[:, :reach] = places
             scores[:, :reach] = np.where(places == MISSING_ROW, -np.inf, found)
         return Neighbours(rows, scores)
 
+    def _searched(self, queries: np.ndarray, reach: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(Float32[Q reach] scores, Int64[Q reach] rows), as the kind searches."""
+        most = self.count if among is None else len(among)
+        wide = reach if self._vectors is None else min(most, reach * self._kind.k_factor)
+        index = self._cpu if self._gpu is None or wide > GPU_K_LIMIT or among is not None else self._gpu
+        norms = np.linalg.norm(queries, axis=1, keepdims=True)
+        scale = np.where((norms == 0) | (np.abs(norms - 1) < UNIT), 1, norms)  # some codes rank by more than the direction
+        only = {} if among is None else {"params": selecting(index, among)}
+        found, places = index.search(queries / scale, wide, **only)
+        if self._vectors is not None:
+            return rescored(self._vectors, queries, places, reach)
+        return found * scale, places
 
-def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed: int) -> dict[str, Any]:
+    def _compared(self, queries: np.ndarray, reach: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same by comparing with each of some rows."""
+        kept = stored_vectors(self._cpu, among) if self._vectors is None else self._vectors[among]
+        nearest = ExactSearcher(kept, range(len(among))).search(queries, reach)  # type: ignore[arg-type]
+        return nearest.scores, among[nearest.rows]
+
+
+def build(
+    kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed: int, queries: np.ndarray | None = None
+) -> dict[str, Any]:
     """Build the index of a corpus of unit vectors and write it to the directory `out`.
 
     The corpus is walked up to four times (check, sample, add, compare with exact search); never more than one block of
@@ -280,17 +301,19 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
         out: existing directory; files of an earlier attempt are replaced.
         fingerprint: digest of the model that made the vectors.
         seed: of the training sample, k-means and the queries of the self-check.
+        queries: Float[Q D], what people may ask: the index is measured and tuned with it. None, or few: with the corpus's own
+            vectors, which are easier to find.
 
     Returns:
-        count, dim, kind, factory, bytes, bytes_per_vector, build_seconds, recall_at_10 and recall_at_100 (the share of the
-        true nearest documents that it finds for up to 200 of its own vectors; ties count as found), and the milliseconds of
-        a search for 10, one query at a time and 32: p50_ms, p99_ms, p50_ms_of_32, p99_ms_of_32.
+        count, dim, kind, factory, bytes, bytes_per_vector, build_seconds, exam (`queries` or `documents`: what was searched for),
+        recall_at_10 and recall_at_100 (the share of the true nearest documents that it finds; ties count as found), and the
+        milliseconds of a search for 10, one query at a time and 32: p50_ms, p99_ms, p50_ms_of_32, p99_ms_of_32.
 
     Raises:
         ContractError: no vectors; not finite, zero or not of unit norm; dims differ; ids repeat or do not match.
         ConfigError: faiss is missing or installed twice.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     corpus = Corpus(shards)
     count, dim = corpus.count, corpus.dim
     kind = kind.chosen(count, dim)
@@ -311,15 +334,15 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
         write_vectors(corpus, out / VECTORS_FILE, bytes_each=CODE_BYTES[kind.refine])
         vectors = read_vectors(out / VECTORS_FILE)
     seconds = time.monotonic() - started
-    exam = Exam.of(corpus, seed)
+    exam = Exam.of(corpus, seed, queries)
 
     def opened(kind: IndexKind) -> Index:
-        _set_parameters(faiss, index, kind.search_parameters())
+        set_parameters(faiss, index, kind.search_parameters())
         return Index({"count": count, "dim": dim}, corpus.ids, kind, (index, None), vectors)
 
     kind = _tuned(kind, opened, exam)
     measured = exam.measure(opened(kind))
-    _write_index(faiss, index, out / INDEX_FILE)
+    write_index(faiss, index, out / INDEX_FILE)
     size = sum((out / name).stat().st_size for name in names if name != IDS_FILE)
     card = {
         "format": FORMAT,
@@ -335,8 +358,16 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
     }
     write_atomic(out / CARD_FILE, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False))
     log.info(
-        "index %s: recall@10 %.3f and @100 %.3f against exact search, %.2f ms a query (%.2f ms at the 99th percentile)",
-        *(kind.kind, measured["recall_at_10"], measured["recall_at_100"], measured["p50_ms"], measured["p99_ms"]),
+        "index %s: recall@10 %.3f and @100 %.3f for %d %s, against exact search; %.2f ms a query (%.2f ms at the 99th percentile)",
+        *(
+            kind.kind,
+            measured["recall_at_10"],
+            measured["recall_at_100"],
+            len(exam.queries),
+            exam.of_what,
+            measured["p50_ms"],
+            measured["p99_ms"],
+        ),
     )
     if kind.min_recall is not None and measured["recall_at_10"] < kind.min_recall:
         log.warning(
@@ -351,6 +382,7 @@ def build(kind: IndexKind, shards: Shards, *, out: Path, fingerprint: str, seed:
         "bytes": size,
         "bytes_per_vector": card["bytes_per_vector"],
         "build_seconds": round(seconds, 2),
+        "exam": exam.of_what,
         **measured,
     }
 
@@ -362,9 +394,9 @@ def _tuned(kind: IndexKind, opened: Callable[[IndexKind], Index], exam: Exam) ->
     value = 1
     while True:
         candidate = kind.model_copy(update={kind.knob: value})
-        reached = exam.recall(opened(candidate), half=True)
+        reached = exam.sure_recall(opened(candidate))
         if reached >= kind.min_recall or value >= MOST_SEARCHED:
-            log.info("index %s: %s %d, where recall@10 is %.3f", kind.kind, kind.knob, value, reached)
+            log.info("index %s: %s %d, where recall@10 is %.3f or more", kind.kind, kind.knob, value, reached)
             return candidate
         value *= 2
 
@@ -384,8 +416,8 @@ def _train(faiss: Any, kind: IndexKind, factory: str, corpus: Corpus, seed: int)
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ContractError(f"index {kind.kind}: faiss does not accept '{factory}' for dim {dim} ({_last_line(error)})") from error
-    _set_parameters(faiss, index, kind.build_parameters())
+        raise ContractError(f"index {kind.kind}: faiss does not accept '{factory}' for dim {dim} ({last_line(error)})") from error
+    set_parameters(faiss, index, kind.build_parameters())
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.cp.seed = seed % 2**31
@@ -398,18 +430,6 @@ def _train(faiss: Any, kind: IndexKind, factory: str, corpus: Corpus, seed: int)
     if not index.is_trained:
         raise ContractError(f"index {kind.kind}: '{factory}' has to be trained, but training_points() is 0")
     return index
-
-
-def _set_parameters(faiss: Any, index: Any, parameters: Mapping[str, float]) -> None:
-    space = faiss.ParameterSpace()
-    for name, value in parameters.items():
-        space.set_index_parameter(index, name, value)
-
-
-def _write_index(faiss: Any, index: Any, file: Path) -> None:
-    partial = file.with_name(file.name + ".partial")
-    faiss.write_index(index, str(partial))
-    settle(partial, file)
 
 
 def _read_card(path: Path) -> tuple[dict[str, Any], IndexKind]:
@@ -432,68 +452,3 @@ def _read_card(path: Path) -> tuple[dict[str, Any], IndexKind]:
         reason = f"{error.error_count()} fields of its kind do not fit" if isinstance(error, ValidationError) else error
         raise ArtifactError(f"{path}: {CARD_FILE} is not one that this version wrote ({reason}); build the index again") from error
     return card, kind
-
-
-def _read_index(faiss: Any, file: Path, beside: int) -> Any:
-    """The index, mapped into memory. No array may be larger than the file: a forged length cannot exhaust the memory."""
-    limit = faiss.get_deserialization_vector_byte_limit()
-    faiss.set_deserialization_vector_byte_limit(2 * file.stat().st_size + beside + 2**20)
-    try:
-        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ArtifactError(f"{file}: faiss cannot read it ({_last_line(error)}); build the index again") from error
-    finally:
-        faiss.set_deserialization_vector_byte_limit(limit)
-
-
-def _gpu_copy(faiss: Any, index: Any, kind: IndexKind, device: str) -> Any:
-    """A copy of the index on every GPU, or None to search on the CPU."""
-    if device not in ("auto", "cpu", "gpu"):
-        raise ConfigError(f"device: expected auto, cpu or gpu, got '{device}'")
-    if device == "cpu":
-        return None
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        reason = "faiss sees no GPU (a GPU needs ullme[gpu] in place of ullme[cpu])"
-    elif not kind.gpu_search:
-        reason = f"faiss cannot search '{kind.kind}' with these fields on a GPU"
-    else:
-        return faiss.index_cpu_to_all_gpus(index)
-    if device == "gpu":
-        raise ConfigError(f"device: gpu was asked for, but {reason}; use device cpu or auto")
-    log.info("searching on the CPU: %s", reason)
-    return None
-
-
-def _faiss() -> Any:
-    """The faiss module.
-
-    Raises:
-        ConfigError: no faiss package, two of them (they overwrite each other's files), or one that does not load.
-    """
-    installed = [name for name in ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs") if _is_installed(name)]
-    if len(installed) > 1:
-        raise ConfigError(
-            f"{' and '.join(installed)} are both installed and overwrite each other: uninstall both, "
-            "then install ullme[cpu] or ullme[gpu]"
-        )
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError(f"faiss cannot be imported ({_last_line(error)}): install ullme[cpu] or ullme[gpu]") from error
-    except RuntimeError as error:  # what faiss-gpu raises without the CUDA libraries
-        raise ConfigError(
-            f"faiss does not load ({_last_line(error)}): install ullme[cpu], or ullme[gpu] with its CUDA wheels"
-        ) from error
-    return faiss
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

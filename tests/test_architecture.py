@@ -21,11 +21,11 @@ HEAVY = {
 ONLY_IN = {
     "prefect": ("flows/",),
     "mlflow": ("flows/tracking.py", "flows/registry.py", "flows/model.py"),
-    "faiss": ("indexes/index.py",),
+    "faiss": ("indexes/_faiss.py",),
     "mteb": ("ullme/evaluation.py", "ullme/tasks/"),
 }
 INDEXES_MAY_USE = {"ullme.artifacts", "ullme.components", "ullme.errors", "ullme.neighbours"}
-COMPONENT_PACKAGES = ("ullme.sources", "ullme.miners", "ullme.objectives", "ullme.tasks", "indexes")
+COMPONENT_PACKAGES = ("ullme.sources", "ullme.miners", "ullme.objectives", "ullme.rerankers", "ullme.tasks", "indexes")
 
 
 def name_of(path: Path) -> str:

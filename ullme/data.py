@@ -1,6 +1,6 @@
 """The data stage: a source's records, checked and split, as four parquet files that every later stage reads.
 
-    documents.parquet   id, text, title, searchable, held_out, parent, section, dataset
+    documents.parquet   id, text, title, searchable, held_out, parent, section, dataset, metadata (JSON)
     queries.parquet     id, text, split (train | dev | test), instruction, dataset
     qrels.parquet       query_id, doc_id, score (> 0)
     negatives.parquet   query_id, doc_id: wrong answers that the source itself gave
@@ -338,6 +338,7 @@ def write_tables(path: Path, documents: Sequence[Document], queries: Sequence[Qu
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("id", "text", "title")},
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.bool_()) for name in ("searchable", "held_out")},
             **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("parent", "section", "dataset")},
+            "metadata": pa.array([json.dumps(dict(doc.metadata), sort_keys=True) if doc.metadata else "" for doc in documents]),
         },
         "queries": {
             name: pa.array([getattr(query, name) for query in queries], pa.string())
@@ -425,7 +426,8 @@ class Dataset:
 
     @cached_property
     def _documents(self) -> dict[str, Document]:
-        return {row["id"]: Document(**row) for row in self._table("documents").to_pylist()}
+        rows: list[dict[str, Any]] = self._table("documents").to_pylist()
+        return {row["id"]: Document(**{**row, "metadata": json.loads(row.get("metadata") or "{}")}) for row in rows}
 
     @cached_property
     def _queries(self) -> list[Query]:
@@ -440,7 +442,8 @@ class Dataset:
 
 
 def read_examples(data_path: Path, negatives_path: Path | None = None, split: Split = "train") -> list[Example]:
-    """The examples of one split: positives best grade first, negatives the source's own first, then the mined ones.
+    """The examples of one split: positives best grade first, then what the judge of the negatives took for one; negatives the
+    source's own first, then the mined ones.
 
     A mined id that is a positive of its query, or a negative already, is passed over.
 
@@ -451,10 +454,12 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
     mined = _mined(data, negatives_path) if negatives_path is not None else {}
     examples = []
     for query in data.queries(split):
+        found, relabelled = mined.get(query.id, ((), ()))
         positives = sorted(query.positives, key=lambda doc: -query.positives[doc])
-        scores: dict[str, float | None] = dict.fromkeys(query.negatives)
-        for doc, score in mined.get(query.id, ()):
-            if doc not in query.positives and scores.get(doc) is None:
+        positives += [doc for doc in relabelled if doc not in query.positives]
+        scores: dict[str, float | None] = dict.fromkeys(doc for doc in query.negatives if doc not in relabelled)
+        for doc, score in found:
+            if doc not in positives and scores.get(doc) is None:
                 scores[doc] = score
         known = [score for score in scores.values() if score is not None]
         examples.append(
@@ -483,15 +488,17 @@ def read_texts(data_path: Path) -> list[Example]:
     ]
 
 
-def _mined(data: Dataset, path: Path) -> dict[str, list[tuple[str, float]]]:
+def _mined(data: Dataset, path: Path) -> dict[str, tuple[list[tuple[str, float]], list[str]]]:
+    """Query -> its negatives with their scores, and what was relabelled a positive."""
     import pyarrow.parquet as pq
 
     queries = {query.id for split in SPLITS for query in data.queries(split)}
     documents = {document.id for document in data.documents()}
-    mined: dict[str, list[tuple[str, float]]] = {}
+    mined: dict[str, tuple[list[tuple[str, float]], list[str]]] = {}
     for row in pq.read_table(path / "negatives.parquet").to_pylist():
-        unknown = {row["query_id"]} - queries or set(row["doc_ids"]) - documents
+        relabelled = row.get("relabelled") or []
+        unknown = {row["query_id"]} - queries or {*row["doc_ids"], *relabelled} - documents
         if unknown:
             raise ContractError(f"{path}: the mined negatives name '{min(unknown)}', which the data {data.path} does not have")
-        mined[row["query_id"]] = list(zip(row["doc_ids"], row["scores"], strict=True))
+        mined[row["query_id"]] = (list(zip(row["doc_ids"], row["scores"], strict=True)), relabelled)
     return mined

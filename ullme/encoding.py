@@ -2,7 +2,8 @@
 
 A shard whose sidecar matches is not encoded again; vectors of another model are never mixed in. Nor is a text encoded again
 whose vector by the same model lies in an earlier embeddings artifact of the store: a corpus of which 1% changed costs 1%.
-The corpus is read as a stream: what is in memory is a few shards and windows, however long it is.
+The corpus is read as a stream: what is in memory is a few shards and windows, however long it is. Some queries of the data set,
+none of them a test query, are encoded beside it: what people ask is unlike what lies there, and an index is measured by it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
 from ullme.components import Section
-from ullme.data import Dataset, Document
+from ullme.data import Dataset, Document, Query
 from ullme.errors import ArtifactError, ConfigError, DataError
 from ullme.prompts import Role
-from ullme.shards import DIGEST_BYTES, ROW_BYTES, Embeddings, Shard, finished_shard, open_embeddings, shard_name
+from ullme.records import hash_share
+from ullme.shards import DIGEST_BYTES, QUERIES_FILE, ROW_BYTES, Embeddings, Shard, finished_shard, open_embeddings, shard_name
 from ullme.text_file import TextFile
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+EXAM_QUERIES = 400
+"""Queries that an index is examined with at most."""
 EARLIER_ARTIFACTS = 3
 """How many earlier artifacts of the same model are looked through for texts that were encoded before, the newest first."""
 
@@ -75,7 +79,7 @@ class EncodeJob(BaseModel):
 
     corpus: a data artifact's folder, or a file that `TextFile.open` has checked. count: documents in it. input: digest of the
     file. dataset: whose prompt templates are taken. out: folder of the shards. fingerprint: digest of the model. store: where
-    earlier vectors may lie.
+    earlier vectors may lie. queries: texts and instructions of some queries, which the first part encodes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -90,6 +94,7 @@ class EncodeJob(BaseModel):
     dataset: str = ""
     input: str = ""
     store: Path | None = None
+    queries: tuple[tuple[str, str], ...] = ()
     part: int = 0
     parts: int = 1
 
@@ -144,6 +149,7 @@ def encode(section: EncodeConfig, inputs: Inputs, draft: Draft) -> None:
         runtime=section.runtime,
         dataset=data.name,
         store=inputs.store.root,
+        queries=tuple((query.text, query.instruction) for query in exam_queries(data)),
     )
     encoded = encode_job(job)
     made = open_embeddings(draft.path)
@@ -167,13 +173,19 @@ def encode(section: EncodeConfig, inputs: Inputs, draft: Draft) -> None:
     }
 
 
+def exam_queries(data: Dataset) -> list[Query]:
+    """Queries of the run's own data that were set aside, then those that were trained on; which, follows from their ids."""
+    own = [query for split in ("dev", "train") for query in data.queries(split) if not query.dataset]
+    return sorted(own, key=lambda query: (query.split != "dev", hash_share(query.id, "exam"), query.id))[:EXAM_QUERIES]
+
+
 def space(section: EncodeConfig, inputs: Inputs) -> int:  # noqa: ARG001 - the same signature for every stage
     """Bytes that the stage writes at most: a vector, an id and a digest per document."""
     data, model = inputs.ref("data").meta, inputs.ref("model").meta
-    return int(data.get("searchable", 0)) * (2 * int(model.get("dim", 0)) + ROW_BYTES)
+    return (int(data.get("searchable", 0)) + EXAM_QUERIES) * (2 * int(model.get("dim", 0)) + ROW_BYTES)
 
 
-ENCODE = Stage("encode", "embeddings", 4, encode, space)
+ENCODE = Stage("encode", "embeddings", 5, encode, space)
 
 
 # One process
@@ -238,7 +250,20 @@ def encode_shards(encoder: Encoder, job: EncodeJob, advance: Callable[[int], Non
         if portion.shard.done.all():
             portion.shard.write(job.out, portion.name, portion.expected)
             advance(portion.rest)
+    if job.queries and not job.part:
+        _write_queries(encoder, job)
     return Encoded(texts=encoded, taken=earlier.found, taken_from=earlier.name)
+
+
+def _write_queries(encoder: Encoder, job: EncodeJob) -> None:
+    texts, instructions = zip(*job.queries, strict=True)
+    vectors = encoder.encode(
+        texts, prompt="query", dataset=job.dataset, instructions=instructions, batch_tokens=job.runtime.batch_tokens
+    )
+    partial_file = job.out / f"{QUERIES_FILE}.partial"
+    with partial_file.open("wb") as out:
+        np.save(out, vectors.astype(np.float16), allow_pickle=False)
+    partial_file.replace(job.out / QUERIES_FILE)
 
 
 def _windows(job: EncodeJob, encoder: Encoder, earlier: _Earlier, portions: deque[_Portion]) -> Iterator[list[str]]:

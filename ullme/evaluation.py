@@ -1,8 +1,8 @@
 """The evaluate stage: one system, measured by mteb on every task, with per-query scores and intervals.
 
     report.json         see `evaluate`
-    per_query.parquet   task, query_id, metric, judged (digest of the query's text and judgements), exact, index (null where
-                        nothing was searched through an index)
+    per_query.parquet   task, query_id, metric, judged (digest of the query's text and judgements), exact, index and hybrid (null
+                        where nothing was searched so)
     logs/times.json     seconds per task
 
 The inputs decide the system: `data` alone is BM25; with `model` and `embeddings` it is exact search of that model's
@@ -37,13 +37,15 @@ __all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "Task", "compare"
 logger = logging.getLogger(__name__)
 
 METRICS = ("ndcg", "mrr", "recall", "map", "precision", "hit_rate")
+THROUGH = ("exact", "index", "hybrid")
+"""The ways that a search is measured: every vector compared, as the index finds them, and together with BM25."""
 LEVEL = 0.95
 SCORE_BYTES, REPORT_BYTES = 24, 6_000  # one query's score by one metric; what a task adds to the report
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a task found. Keys of the outer mappings are `exact` and, where there is one, `index`.
+    """What a task found. Keys of the outer mappings are `exact` and, where there are such, `index` and `hybrid`.
 
     scores: metric -> value, as mteb reports it. per_query: metric -> Float64[Q], rows in the order of `query_ids`.
     judgements: digest of each query's text and judgements, in that order: what makes it the same query another day.
@@ -112,7 +114,8 @@ class EvalConfig(Section):
     metrics: as mteb names them, `<ndcg|mrr|recall|map|precision|hit_rate>_at_<k>`; the first is the one that plots and
     tables lead with. top_k: documents fetched per query. bootstrap_samples: for the 95% intervals.
     controls: also score against the judgements of other queries, drawn by seed: a sound measurement falls to chance.
-    lexical: settings of the BM25 baseline.
+    lexical: settings of the BM25 baseline. hybrid: measure a model's ranking fused with that of BM25, too, as `ullme search
+    --hybrid` does; through the index where there is one.
     """
 
     tasks: tuple[Annotated[Task, component("ullme.tasks")], ...] = Field(default_factory=lambda: _default_tasks(), min_length=1)
@@ -123,6 +126,7 @@ class EvalConfig(Section):
     bootstrap_samples: int = Field(default=2000, ge=100)
     controls: bool = True
     lexical: LexicalConfig = LexicalConfig()
+    hybrid: bool = False
     runtime: EvalRuntime = EvalRuntime()
 
     @field_validator("metrics")
@@ -164,7 +168,8 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
     """Stage: `data` (and `model` with `embeddings`, and `index`) -> report.
 
     report.json: system, fingerprint, inputs (digests), scores {task: {metric: value}}, intervals {task: {metric:
-    [low, high]}}, index_scores and index_intervals (the same through the index, or null), queries {task: n},
+    [low, high]}}, index_scores and index_intervals (the same through the index, or null), hybrid_scores and hybrid_intervals (the
+    same together with BM25, or null), queries {task: n},
     documents {task: n}, digests {task: {corpus, queries}}, controls {task: {name: value}}, settings.
 
     Raises:
@@ -177,7 +182,7 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
         )
     store = Store(draft.scratch / "store", reserve_bytes=inputs.store.disk.reserve)
     system: System = (
-        VectorSystem(inputs, store, open_index, section.runtime.batch_tokens)
+        VectorSystem(inputs, store, open_index, section.runtime.batch_tokens, lexical=section.lexical if section.hybrid else None)
         if "model" in inputs
         else LexicalSystem(inputs, store, section.lexical)
     )
@@ -201,8 +206,14 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
         "inputs": {name: ref.digest for name, ref in inputs.refs.items()},
         "scores": _scores(measured, "exact"),
         "intervals": _intervals(measured, "exact", section.bootstrap_samples, draft.seed),
-        "index_scores": _scores(measured, "index") or None,
-        "index_intervals": _intervals(measured, "index", section.bootstrap_samples, draft.seed) or None,
+        **{
+            f"{through}_{what}": (of or None)
+            for through in ("index", "hybrid")
+            for what, of in (
+                ("scores", _scores(measured, through)),
+                ("intervals", _intervals(measured, through, section.bootstrap_samples, draft.seed)),
+            )
+        },
         "queries": {label: len(result.query_ids) for label, result in measured.items()},
         "documents": {label: result.documents for label, result in measured.items()},
         "digests": {label: dict(result.digests) for label, result in measured.items()},
@@ -218,6 +229,7 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
         "queries": report["queries"],
         "scores": report["scores"],
         "index_scores": report["index_scores"],
+        "hybrid_scores": report["hybrid_scores"],
     }
 
 
@@ -230,7 +242,7 @@ def evaluation_space(section: EvalConfig, inputs: Inputs) -> int | None:
     return SCORE_BYTES * rows + REPORT_BYTES * len(asked)
 
 
-EVALUATE = Stage("evaluate", "report", 2, evaluate, evaluation_space)
+EVALUATE = Stage("evaluate", "report", 3, evaluate, evaluation_space)
 """Without an index; with one: `dataclasses.replace(EVALUATE, run=partial(evaluate, open_index=...))`."""
 
 
@@ -239,7 +251,7 @@ def compare(
 ) -> Comparison:
     """How much better report artifact `a` is than `b`, by per-query scores.
 
-    task: may be left out when the reports hold one. through: `exact` or `index`.
+    task: may be left out when the reports hold one. through: `exact`, `index` or `hybrid`.
 
     Raises:
         ContractError: not the same task, queries and corpus, or scores that one of them does not have.
@@ -313,14 +325,15 @@ def _write_per_query(path: Path, measured: Mapping[str, Measured]) -> None:
     import pyarrow.parquet as pq
 
     names = ("task", "query_id", "metric", "judged")
-    schema = pa.schema([*((name, pa.string()) for name in names), ("exact", pa.float64()), ("index", pa.float64())])
+    schema = pa.schema([*((name, pa.string()) for name in names), *((through, pa.float64()) for through in THROUGH)])
     rows = []
     for label, result in measured.items():
         for metric, values in result.per_query["exact"].items():
-            index = result.per_query["index"][metric].tolist() if "index" in result.per_query else [None] * len(values)
+            nothing = {metric: np.full(len(values), None)}
+            scores = [result.per_query.get(through, nothing)[metric].tolist() for through in THROUGH]
             rows += [
-                dict(zip(schema.names, (label, query, metric, judged, exact, through), strict=True))
-                for query, judged, exact, through in zip(result.query_ids, result.judgements, values.tolist(), index, strict=True)
+                dict(zip(schema.names, (label, query, metric, judged, *each), strict=True))
+                for query, judged, *each in zip(result.query_ids, result.judgements, *scores, strict=True)
             ]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
@@ -335,14 +348,14 @@ def _read_report(path: Path) -> dict[str, Any]:
 def _read_per_query(path: Path, task: str, metric: str, through: str) -> dict[str, float]:
     import pyarrow.parquet as pq
 
-    if through not in ("exact", "index"):
-        raise ContractError(f"compare: through must be exact or index, got '{through}'")
+    if through not in THROUGH:
+        raise ContractError(f"compare: through must be {', '.join(THROUGH[:-1])} or {THROUGH[-1]}, got '{through}'")
     table = pq.read_table(Path(path) / "per_query.parquet", filters=[("task", "=", task), ("metric", "=", metric)])
     if not table.num_rows:
         raise ContractError(f"compare: {path} has no '{metric}' scores of task '{task}'; add the metric to evaluation.metrics")
     values = table.column(through).to_pylist()
     if None in values:
-        raise ContractError(f"compare: {path} was not measured through an index on task '{task}'; compare through exact")
+        raise ContractError(f"compare: {path} was not measured so ({through}) on task '{task}'; compare through exact")
     return dict(zip(table.column("query_id").to_pylist(), values, strict=True))
 
 

@@ -21,7 +21,7 @@ from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.distributed import current
 from ullme.encoder import Encoder
 from ullme.losses import entropy
-from ullme.sampling import GenerationScore
+from ullme.scoring import GenerationScore
 
 __all__ = ["Logprobs", "Quality", "Rows", "logprobs", "passage_rows", "quality", "teacher_scores"]
 

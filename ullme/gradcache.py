@@ -31,7 +31,7 @@ from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
 from ullme.prediction import PredictedRow
-from ullme.sampling import GenerationScore
+from ullme.scoring import GenerationScore
 
 __all__ = ["CandidateLogprobs", "Representations", "StepReport", "TrainBatch", "step"]
 

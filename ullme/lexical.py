@@ -102,14 +102,15 @@ class BM25Searcher:
         tokens = [self._vocabulary[token] for token in tokenise(text, self._config) if token in self._vocabulary]
         return self._model.get_scores_from_ids(tokens) if tokens else np.zeros(len(self._ids), dtype=np.float32)
 
-    def search(self, texts: Sequence[str], k: int) -> Neighbours:
-        """The k best documents of each query text."""
+    def search(self, texts: Sequence[str], k: int, *, among: np.ndarray | None = None) -> Neighbours:
+        """The k best documents of each query text. among: Int64[n], the rows that may be found, ascending; None = all."""
         rows = np.full((len(texts), k), MISSING_ROW, dtype=np.int64)
         scores = np.full((len(texts), k), -np.inf, dtype=np.float32)
         for number, text in enumerate(texts):
-            found = self.scores(text)
+            found = self.scores(text) if among is None else self.scores(text)[among]
             least = np.partition(found, -k)[-k] if k < len(found) else 0.0
             candidates = np.flatnonzero((found >= least) & (found > 0))
             best = candidates[np.argsort(-found[candidates], kind="stable")][:k]
-            rows[number, : len(best)], scores[number, : len(best)] = best, found[best]
+            rows[number, : len(best)] = best if among is None else among[best]
+            scores[number, : len(best)] = found[best]
         return Neighbours(rows, scores)

@@ -52,6 +52,7 @@ class Document:
     parent: id of the document that this passage was cut from; empty = it was not cut, it is the document.
     section: where in the parent it stands, such as `Install > On Linux`; shown to people, never embedded.
     dataset: the auxiliary data set it belongs to; empty = the run's own.
+    metadata: what searches can filter by (`ullme.filters`): texts, numbers, truth values and lists of them; never embedded.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Document:
     parent: str = ""
     section: str = ""
     dataset: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def content(self) -> str:
@@ -237,6 +239,19 @@ class Line:
             return None
         value = self.value.get(name)
         return "" if empty and value is None else self.checked(value, name, empty=empty)
+
+    def metadata(self) -> dict[str, Any] | None:
+        """The field `metadata`, {} where there is none; None when it is bad, which is noted. Fields that are null are left out."""
+        given = self.value.get("metadata") or {}
+        if not isinstance(given, dict):
+            self.bad("wrong type", f"'metadata' must be an object, got {type(given).__name__}")
+            return None
+        kept = {name: value for name, value in given.items() if value is not None}
+        for name, value in kept.items():
+            if not all(isinstance(one, str | int | float) for one in (value if isinstance(value, list) else [value])):
+                self.bad("wrong type", f"'metadata.{name}' must be a text, a number, true, false or a list of them")
+                return None
+        return kept
 
     def checked(self, value: Any, name: str, *, empty: bool = False) -> str | None:
         """`value` if it is a text that can be stored, else None, which is noted; `name` says where it stood."""

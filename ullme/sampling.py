@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ullme.data import Example
 from ullme.errors import DataError
 from ullme.mixture import Mixture
+from ullme.scoring import ScoredRows
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
     from ullme.guide import Guide
     from ullme.training import PhaseConfig
 
-__all__ = ["Asked", "GenerationScore", "Sampler"]
-
-GenerationScore = Literal["passage_given_query", "pmi", "query_given_passage", "sum"]
-"""How the language model rates a candidate (see `ullme.generation`)."""
+__all__ = ["Asked", "Sampler"]
 
 
 @dataclass(frozen=True)
@@ -167,49 +165,23 @@ class Sampler:
 
         A query without a token, or whose positive has none, has no probability and is left out.
         """
-        from ullme.batches import TokenRow
-        from ullme.generation import passage_rows
-
-        settings, tokenizer = self.phase.generation, encoder.tokenizer
-
-        def cut(texts: list[str]) -> list[list[int]]:
-            if not texts:
-                return []
-            return tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=settings.passage_tokens)[
-                "input_ids"
-            ]
-
-        flat = iter(cut([found[1] for one in asked for found in one.candidates if found is not None]))
-        bodies = [[next(flat) if found is not None else [] for found in one.candidates] for one in asked]
-        queries = cut([one.query for one in asked])
-        kept = [place for place in range(len(asked)) if bodies[place][0] and queries[place]]
-        passages = [bodies[place] for place in kept]
+        settings = self.phase.generation
+        texts = [[None if found is None else found[1] for found in one.candidates] for one in asked]
+        read = ScoredRows.of(encoder, settings, [one.query for one in asked], texts)
         fields: dict[str, Any] = {
-            "scored": [rows[place] for place in kept],
-            "prompts": [tokenizer(settings.template.format(query=asked[place].query))["input_ids"] for place in kept],
-            "passages": passages,
+            "scored": [rows[place] for place in read.kept],
+            "prompts": read.prompts,
+            "passages": read.passages,
             "score": settings.score,
         }
         if self.phase.objective.uses_reference and settings.reference != "live":
-            fields["reference"] = np.array([self._stored(asked[place], self.reference or {}) for place in kept], dtype=np.float32)
+            stored = [self._stored(asked[place], self.reference or {}) for place in read.kept]
+            fields["reference"] = np.array(stored, dtype=np.float32)
         if not self.phase.objective.uses_teacher:
             return fields
         if self.teacher is not None:
-            return fields | {"teacher": np.array([self._stored(asked[place], self.teacher) for place in kept], dtype=np.float32)}
-        if settings.score in ("pmi", "sum"):
-            start: Any = tokenizer(settings.template.format(query=""))["input_ids"] or [tokenizer.eos_token_id]
-            fields["alone"] = passage_rows([start] * len(kept), passages)
-        if settings.score in ("query_given_passage", "sum"):
-            before, _, after = settings.passage_template.partition("{passage}")
-            first, end = tokenizer(before)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"]
-            fields["questions"] = [
-                [
-                    TokenRow([*first, *body, *end, *queries[place]], len(first) + len(body) + len(end)) if body else None
-                    for body in bodies[place]
-                ]
-                for place in kept
-            ]
-        return fields
+            return fields | {"teacher": np.array([self._stored(asked[place], self.teacher) for place in read.kept], np.float32)}
+        return fields | {"alone": read.alone, "questions": read.questions}
 
     @staticmethod
     def _stored(one: Asked, teacher: Mapping[str, float]) -> list[float]:

@@ -3,6 +3,7 @@
     shard-00000.npy     float16 [n D], unit norm
     shard-00000.arrow   the n ids; digest of each text; how many tokens it has, and how many of them were cut off
     shard-00000.json    sidecar, written last: rows, sha256 of both files, shards in all, dim, model fingerprint, max_tokens ...
+    queries.npy         float16 [Q D] of some of the data set's queries, where it has any: what an index is examined with
 
 A sidecar that is there means that its shard is complete. Never pickle.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIGEST_BYTES",
+    "QUERIES_FILE",
     "ROW_BYTES",
     "Embeddings",
     "Shard",
@@ -40,6 +42,7 @@ __all__ = [
     "sidecars",
 ]
 
+QUERIES_FILE = "queries.npy"
 DIGEST_BYTES = 16
 ROW_BYTES = 256
 """Of an id, its digest and what Arrow adds, generously."""
@@ -184,6 +187,11 @@ class Embeddings:
     def block(self, number: int) -> np.ndarray:
         """The vectors of one shard, memory-mapped float16 [n D]."""
         return np.load(self.path / f"{shard_name(number)}.npy", mmap_mode="r", allow_pickle=False)
+
+    def queries(self) -> np.ndarray | None:
+        """Float32[Q D] of some of the data set's queries, by the same model; None where it had none."""
+        file = self.path / QUERIES_FILE
+        return np.load(file, allow_pickle=False).astype(np.float32) if file.is_file() else None
 
     def vectors(self) -> np.ndarray:
         """All vectors as float32 [N D], in memory."""

@@ -1,4 +1,4 @@
-"""What can be measured: BM25, or a model over its stored vectors, exactly and through an index."""
+"""What can be measured: BM25, or a model over its stored vectors, exactly, through an index, and together with BM25."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ullme.data import Dataset, Query
 from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
-from ullme.neighbours import ExactSearcher, Neighbours, Searcher
+from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours, Searcher
+from ullme.reranking import FUSED_DEPTH, fused
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
@@ -56,7 +57,7 @@ class System(Protocol):
         ...
 
     def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
-        """`exact`, and `index` where there is one, over the run's own corpus or over `other`, a data artifact."""
+        """`exact`, and where there are such `index` and `hybrid`, over the run's own corpus or over `other`, a data artifact."""
         ...
 
 
@@ -115,10 +116,38 @@ class EncodedSearcher:
 
 
 @dataclass(frozen=True)
+class HybridSearcher:
+    """The ranks of two searchers over the same documents, fused (see `ullme.reranking.fused`)."""
+
+    first: QuerySearcher
+    second: QuerySearcher
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids in row order, those of the first."""
+        return self.first.ids
+
+    def search(self, queries: Sequence[Query], k: int) -> Neighbours:
+        """The k best documents of each query."""
+        depth = min(len(self.ids), max(FUSED_DEPTH, 2 * k))
+        place = {name: row for row, name in enumerate(self.ids)}
+        other = np.array([place[name] for name in self.second.ids], dtype=np.int64)
+        rankings = [self.first.search(queries, depth).rows, self.second.search(queries, depth).rows]
+        rankings[1] = np.where(rankings[1] == MISSING_ROW, MISSING_ROW, other[rankings[1]])
+        rows = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        for number, both in enumerate(zip(*rankings, strict=True)):
+            best = fused([[int(row) for row in ranking if row != MISSING_ROW] for ranking in both])[:k]
+            rows[number, : len(best)] = [row for row, _ in best]
+            scores[number, : len(best)] = [score for _, score in best]
+        return Neighbours(rows, scores)
+
+
+@dataclass(frozen=True)
 class VectorSystem:
     """A model over its stored vectors, exactly and through the index where one is given.
 
-    batch_tokens: padded tokens of queries per forward pass.
+    batch_tokens: padded tokens of queries per forward pass. lexical: measure it together with BM25, too.
     """
 
     inputs: Inputs
@@ -126,6 +155,7 @@ class VectorSystem:
     open_index: OpenIndex | None
     batch_tokens: int
     name: str = "model"
+    lexical: LexicalConfig | None = None
     _known: dict[Asked, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -171,9 +201,13 @@ class VectorSystem:
             )
         vectors = np.concatenate([block for _, block in stored.shards()])
         data = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data"))
-        found = {"exact": EncodedSearcher(self, ExactSearcher(vectors, stored.ids), data.name)}
+        found: dict[str, QuerySearcher] = {"exact": EncodedSearcher(self, ExactSearcher(vectors, stored.ids), data.name)}
         if other is None and "index" in self.inputs:
             if self.open_index is None:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
             found["index"] = EncodedSearcher(self, self.open_index(self.inputs["index"], self.fingerprint), data.name)
+        if self.lexical is not None:
+            corpus = data.corpus()
+            words = BM25Searcher([document.content for document in corpus], [document.id for document in corpus], self.lexical)
+            found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), LexicalSearcher(words))
         return found

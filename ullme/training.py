@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage, write_atomic
 from ullme.checkpoints import training_space
@@ -27,7 +27,8 @@ from ullme.guide import GuideConfig, guides
 from ullme.loop import Loop, Memory
 from ullme.mixture import MixtureConfig
 from ullme.objectives import Objective
-from ullme.sampling import GenerationScore, Sampler
+from ullme.sampling import Sampler
+from ullme.scoring import ScoreConfig
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder, Role
@@ -52,31 +53,16 @@ class LoraConfig(Section):
     """4: the frozen weights below the adapter in 4-bit NF4 (QLoRA, arXiv 2305.14314; pip install 'ullme[qlora]')."""
 
 
-class GenerationConfig(Section):
-    """How the language model scores a candidate: log pi(passage | template with the query)."""
+class GenerationConfig(ScoreConfig):
+    """How the language model scores a candidate: log pi(passage | template with the query). `score` is what the alignment reads."""
 
-    score: GenerationScore = "passage_given_query"
-    """What the alignment of GRL reads (see `ullme.generation`); passage_given_query is ULLME's."""
     teacher: Literal["live", "frozen"] = "live"
     """live: the model scores as it is at that step; frozen: as it was when the phase began, once per candidate, stored."""
     reference: Literal["live", "stored", "none"] = "live"
     """What preferences compare with. live: the model as the phase began, run beside the one that learns; stored: the same,
     scored once per candidate, so that every weight may be trained; none: nothing, the policy's own log-probabilities."""
-    template: str = "{query}\n"
-    passage_template: str = "{passage}\n"
-    """What stands before the query in query_given_passage and sum."""
-    passage_tokens: int = Field(default=128, ge=1)
-    """Longest passage that is scored; the rest is cut."""
     queries: int | None = Field(default=None, ge=1)
     """Queries of each batch whose candidates are scored (seeded choice); null: all. Fewer cost less and are noisier."""
-
-    @field_validator("template", "passage_template")
-    @classmethod
-    def _has_its_place_once(cls, value: str, info: ValidationInfo) -> str:
-        place = "{query}" if info.field_name == "template" else "{passage}"
-        if value.count(place) != 1 or value.replace(place, "").count("{"):
-            raise ValueError(f"expected a text with {place} in it once, and no other braces")
-        return value
 
 
 class PhaseConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from flows.commands.options import ModelName, OptionalConfig, Overrides, release
 
 if TYPE_CHECKING:
     from flows.retriever import Hit
+    from ullme.reranking import Reranker
 
 __all__ = ["search_command"]
 
@@ -25,6 +27,24 @@ def search_command(
     model_name: ModelName = None,
     alias: Annotated[str, Parameter(help="Which version: champion is in use, challenger waits.")] = "champion",
     k: Annotated[int, Parameter(name=["-k", "--hits"], help="How many answers.")] = 5,
+    where: Annotated[
+        list[str] | None,
+        Parameter(
+            negative=(),
+            help="Only documents whose metadata fit: language=en, language=en,de (one of them), year=2020..2024 (within), "
+            "year=2020.. (from), or JSON. Repeat it for several conditions.",
+        ),
+    ] = None,
+    hybrid: Annotated[
+        bool, Parameter(negative=(), help="Put the model's ranking and that of BM25 (the words themselves) together.")
+    ] = False,
+    rerank: Annotated[
+        str | None,
+        Parameter(
+            help="Read the best answers once more together with the question: `generation` by the released LLM itself, or the "
+            "folder or hub id of a cross-encoder, or JSON with a kind and its fields."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, Parameter(name="--json", negative=(), help="Print JSON: rank, score, id, title, section, text, excerpt and more.")
     ] = False,
@@ -43,14 +63,46 @@ def search_command(
         other = next((name for name in ("champion", "challenger") if registry.holder(name)), None)
         hint = f"; there is a {other}: add --alias {other}" if other else "; run train-and-index first"
         raise ArtifactError(f"no version of '{tracking.model_name}' is the {alias}{hint}")
-    hits = Retriever.open(version.release).search([question], k)[0]
+    reranker = _reranker(rerank)
+    retriever = Retriever.open(version.release)
+    hits = retriever.search([question], k, where=where, hybrid=hybrid, rerank=reranker)[0]
     if as_json:
         print(json.dumps([hit.model_dump() for hit in hits], indent=1, ensure_ascii=False))
     else:
         print(f"{version.name} version {version.number} ({alias}), {len(hits)} answers")
         for hit in hits:
             _show(hit)
+        took = ", ".join(f"{part} {1000 * seconds:.0f}" for part, seconds in retriever.seconds.items())
+        print(f"\n{1000 * sum(retriever.seconds.values()):.0f} ms ({took})", file=sys.stderr)
     return 0
+
+
+def _reranker(given: str | None) -> Reranker | None:
+    """What `--rerank` means.
+
+    Raises:
+        ConfigError: it means nothing.
+    """
+    from pydantic import ValidationError
+
+    from ullme.components import kinds, resolve
+    from ullme.errors import ConfigError
+    from ullme.reranking import Reranker
+
+    if not given:
+        return None
+    try:
+        spec = json.loads(given) if given.lstrip().startswith("{") else {"kind": given}
+        if spec.get("kind") not in kinds("ullme.rerankers") and not given.lstrip().startswith("{"):
+            spec = {"kind": "cross_encoder", "model": given}
+        found = resolve("ullme.rerankers", spec)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--rerank: expected a kind, a cross-encoder or JSON; it is no JSON ({error.msg})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"--rerank: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    assert isinstance(found, Reranker)
+    return found
 
 
 def _show(hit: Hit) -> None:

@@ -18,7 +18,8 @@ from flows.retriever import EXCERPT_CHARACTERS, Hit, Release, Retriever, excerpt
 from ullme.artifacts import ArtifactRef, Store
 from ullme.data import Dataset
 from ullme.encoder import Encoder
-from ullme.errors import ArtifactError, ContractError
+from ullme.errors import ArtifactError, ConfigError, ContractError
+from ullme.rerankers.generation import Generation
 
 
 def test_hits_are_the_nearest_documents_with_rank_score_and_text(release: Release) -> None:
@@ -89,6 +90,60 @@ def test_a_document_in_passages_is_one_hit_with_its_best_passage(tmp_path: Path,
     assert everything.keys() == {row.get("parent", row["id"]) for row in rows}
     if index["kind"] == "flat":  # a graph may miss some of many passages that are nearly the same
         assert everything == Counter(row.get("parent", row["id"]) for row in rows)
+
+
+def functions() -> list[dict[str, Any]]:
+    """Passages of three files, with metadata."""
+    files = {"a.md": ("en", 2019), "b.md": ("de", 2021), "c.md": ("en", 2024)}
+    return [
+        {"id": f"{name}#{part}", "parent": name, "text": f"{word} number {part}", "metadata": {"language": language, "year": year}}
+        for (name, (language, year)), word in zip(files.items(), ("alpha", "beta", "gamma"), strict=True)
+        for part in range(1, 6)
+    ]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    return Retriever.open(release_of(tmp_path_factory.mktemp("labelled"), functions(), {"kind": "hnsw"}))
+
+
+def test_a_filter_leaves_the_best_of_the_documents_that_fit(labelled: Retriever) -> None:
+    question = ["beta number 3"]
+    everything = labelled.search(question, k=3)[0]
+    english = labelled.search(question, k=3, where={"language": "en"})[0]
+    assert [hit.id for hit in english] == [hit.id for hit in everything if hit.metadata["language"] == "en"]
+    np.testing.assert_allclose([hit.score for hit in english], [hit.score for hit in everything if hit.id != "b.md"], atol=1e-4)
+    assert [hit.id for hit in labelled.search(question, k=3, where=["year=2021..", "language=en"])[0]] == ["c.md"]
+    assert labelled.search(question, where=["year=2030.."]) == [[]]
+    with pytest.raises(ConfigError, match="no document has a field 'lang'; they have: language, year; did you mean 'language'"):
+        labelled.search(question, where={"lang": "en"})
+
+
+def test_a_hybrid_search_fuses_the_ranks_of_both(labelled: Retriever) -> None:
+    hits = labelled.search(["gamma"], k=3, hybrid=True)[0]
+    assert hits[0].id == "c.md"  # the only one with the word
+    dense = labelled.index.search(labelled.embed(["gamma"]), 15).rows[0].tolist()
+    words = {labelled.index.ids.index(f"c.md#{part}"): rank for rank, part in enumerate(range(1, 6), start=1)}
+    expected = max(1 / (60 + rank) + (1 / (60 + words[row]) if row in words else 0) for rank, row in enumerate(dense, start=1))
+    assert hits[0].score == pytest.approx(expected)
+    only = labelled.search(["gamma"], k=3, hybrid=True, where={"language": "de"})[0]
+    assert [hit.id for hit in only] == ["b.md"]
+
+
+def test_a_reranked_search_is_in_the_order_of_the_reranker(labelled: Retriever) -> None:
+    reranker = Generation(depth=15)
+    hits = labelled.search(["beta number 3"], k=2, rerank=reranker)[0]
+    texts = [row["text"] for row in functions()]
+    scores = dict(zip(texts, reranker.scores(labelled.encoder, ["beta number 3"], [texts])[0].tolist(), strict=True))
+    best = sorted({row["parent"]: 0 for row in functions()}, key=lambda name: -max(_of(name, scores)))
+    assert [hit.id for hit in hits] == best[:2]
+    assert hits[0].score == pytest.approx(max(_of(best[0], scores)), abs=1e-4)
+    assert labelled.seconds.keys() == {"encode", "search", "rerank"}
+    assert all(seconds > 0 for seconds in labelled.seconds.values())
+
+
+def _of(name: str, scores: Mapping[str, float]) -> list[float]:
+    return [scores[row["text"]] for row in functions() if row["parent"] == name]
 
 
 def test_an_index_of_another_model_is_refused(release: Release, artifacts: Mapping[str, ArtifactRef]) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from corpora import clustered, in_shards, kind_of, names
+from corpora import clustered, in_shards, kind_of, names, unit
 
 from indexes import _corpus
 from indexes.index import Index, build
@@ -302,3 +302,36 @@ def test_two_faiss_packages_are_refused(path, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "site")
     with pytest.raises(ConfigError, match="faiss-cpu and faiss-gpu are both installed"):
         Index.open(path)
+
+
+def away_from(vectors, count, *, seed=5):
+    """Queries unlike the documents: between two of them, with noise."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(0, len(vectors), (count, 2))
+    return unit(vectors[pairs[:, 0]] + vectors[pairs[:, 1]] + 0.3 * rng.normal(size=(count, vectors.shape[1])))
+
+
+def test_an_index_is_examined_and_tuned_with_the_queries_that_it_is_given(tmp_path):
+    vectors = clustered(6_000, 32)
+    asked, unseen = away_from(vectors, 200), away_from(vectors, 400, seed=6)
+    true = ExactSearcher(vectors, range(len(vectors))).search(unseen, 10).rows
+    reached, searched = {}, {}
+    for name, queries in (("documents", None), ("queries", asked)):
+        (out := tmp_path / name).mkdir()
+        spec = kind_of({"kind": "ivf", "min_recall": 0.9, "codes": "fp32"})
+        meta = build(spec, in_shards(vectors), out=out, fingerprint="a" * 64, seed=7, queries=queries)
+        assert meta["exam"] == name
+        index = Index.open(out)
+        found = index.search(unseen, 10).rows
+        reached[name] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(true, found, strict=True)])
+        searched[name] = index.kind.nprobe
+    assert reached["queries"] >= 0.9 > reached["documents"]
+    assert searched["queries"] > searched["documents"]
+
+
+def test_too_few_queries_are_no_exam_and_wrong_ones_are_refused(vectors, tmp_path):
+    spec = kind_of("flat")
+    assert build(spec, in_shards(vectors), out=tmp_path, fingerprint="a", seed=1, queries=vectors[:10])["exam"] == "documents"
+    for wrong in (clustered(50, 8), np.full((50, DIM), np.nan, np.float32)):
+        with pytest.raises(ContractError, match="expected finite queries of dim 16 to examine it with"):
+            build(spec, in_shards(vectors), out=tmp_path, fingerprint="a", seed=1, queries=wrong)

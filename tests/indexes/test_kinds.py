@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from indexes.index import Index, build
 from ullme.components import kinds, resolve
-from ullme.errors import ConfigError
+from ullme.errors import ConfigError, ContractError
 from ullme.neighbours import ExactSearcher, Searcher
 
 KINDS = kinds("indexes")
@@ -244,3 +244,24 @@ def test_gpu_search_is_offered_only_where_faiss_has_it():
     refused = [{"kind": "flat", "codes": "int8"}, "hnsw", {"kind": "ivf", "nprobe": 4_000}]
     assert all(kind_of(spec).gpu_search for spec in offered)
     assert not any(kind_of(spec).gpu_search for spec in refused)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["compared", "searched"])
+@pytest.mark.parametrize("share", [0.002, 0.05, 0.5])
+def test_a_search_among_some_rows_finds_the_nearest_of_them(built_once, vectors, queries, share, exact, monkeypatch):
+    monkeypatch.setattr("indexes.index.EXACT_AMONG", 10_000 if exact else 0)
+    index = Index.open(built_once[0])
+    among = np.sort(np.random.default_rng(3).choice(2_000, round(2_000 * share), replace=False))
+    found = index.search(queries, 10, among=among)
+    true = among[ExactSearcher(vectors[among], range(len(among))).search(queries, min(10, len(among))).rows]
+    assert np.isin(found.rows[found.rows >= 0], among).all()
+    assert np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.rows, true, strict=True)]) >= 0.85
+    assert (found.rows[:, len(among) :] == -1).all()
+
+
+def test_a_search_among_nothing_finds_nothing_and_wrong_rows_are_refused(built_once, queries):
+    index = Index.open(built_once[0])
+    assert (index.search(queries, 3, among=np.array([], dtype=np.int64)).rows == -1).all()
+    for wrong in ([-1, 2], [5, 2], [3, 3], [1, 2_000]):
+        with pytest.raises(ContractError, match="expected ascending rows from 0 to 1999"):
+            index.search(queries, 3, among=np.array(wrong))

@@ -14,7 +14,7 @@ from toys import ToyData, toy_data
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.batches import Batch
-from ullme.data import Dataset
+from ullme.data import PREPARE, DataConfig, Dataset
 from ullme.encoder import Encoder
 from ullme.encoding import ENCODE, EncodeConfig, EncodeJob, encode, encode_part, open_embeddings
 from ullme.errors import ArtifactError, DataError, NotFinite
@@ -43,7 +43,8 @@ def draft(tmp_path: Path) -> Draft:
 
 @pytest.fixture
 def rows_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of rows of every batch that really went through the model."""
+    """Number of rows of every batch that really went through the model, of the corpus alone."""
+    monkeypatch.setattr("ullme.encoding.EXAM_QUERIES", 0)
     plain, calls = Encoder.embed, []
 
     def counted(self: Encoder, batch: Batch) -> Any:
@@ -115,7 +116,7 @@ def test_only_the_shard_that_is_missing_or_damaged_is_encoded_again(
 
 
 def test_an_interrupted_stage_goes_on_with_the_next_shard(
-    store: Store, refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]
+    refs: dict[str, ArtifactRef], tmp_path: Path, rows_encoded: list[int]
 ) -> None:
     class Killed(BaseException):
         pass
@@ -135,7 +136,7 @@ def test_an_interrupted_stage_goes_on_with_the_next_shard(
     rows_encoded.clear()
     ref = fresh.produce(ENCODE, SHARDS, refs, seed=0)
     assert sum(rows_encoded) == 4
-    assert ref.digest == store.produce(ENCODE, SHARDS, refs, seed=0).digest
+    assert ref.digest == Store(tmp_path / "other").produce(ENCODE, SHARDS, refs, seed=0).digest
 
 
 def test_an_attempt_with_smaller_shards_leaves_nothing_behind(store: Store, refs: dict[str, ArtifactRef], draft: Draft) -> None:
@@ -346,3 +347,35 @@ def test_progress_reaches_every_document_encoded_taken_over_or_there_already(ref
         encode_part(job, heard.append)
         assert sum(heard) == len(texts)
         store.produce(ENCODE, SHARDS, data, seed=0)
+
+
+def test_some_queries_that_no_test_asks_are_encoded_beside_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ullme.encoding.EXAM_QUERIES", 4)
+    rows = [{"query": f"question {number}", "positive": f"answer {number}"} for number in range(12)]
+    rows = [{**row, "split": ("train", "dev", "test")[number % 3]} for number, row in enumerate(rows)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({**row, "instruction": "Find it."}) + "\n" for row in rows))
+    store = Store(tmp_path / "store")
+    section = DataConfig.model_validate({"source": {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl")}})
+    base = BackboneConfig(model="tiny:llama", dtype="float32", max_tokens=24)
+    refs = {"data": store.produce(PREPARE, section, {}, seed=0), "model": store.produce(BACKBONE, base, {}, seed=0)}
+    found = open_embeddings(store.produce(ENCODE, SHARDS, refs, seed=0).path).queries()
+    data, encoder = Dataset.open(refs["data"].path), Encoder.load(refs["model"].path)
+    asked = [query for split in ("dev", "train", "test") for query in data.queries(split)]  # type: ignore[arg-type]
+    vectors = encoder.encode(
+        [query.text for query in asked],
+        prompt="query",
+        dataset=data.name,
+        instructions=[query.instruction for query in asked],
+    )
+    assert found is not None
+    assert found.shape == (4, encoder.dim)
+    nearest = (found @ vectors.T).argmax(1)
+    assert {asked[place].split for place in nearest} == {"dev"}
+    np.testing.assert_allclose(found, vectors[nearest], atol=1e-3)
+
+
+def test_documents_alone_have_no_queries_to_encode(store: Store, refs: dict[str, ArtifactRef], tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "a", "text": "one text"}) + "\n")
+    source = {"kind": "jsonl", "corpus": str(tmp_path / "corpus.jsonl")}
+    data = store.produce(PREPARE, DataConfig.model_validate({"source": source, "held_out": "none"}), {}, seed=0)
+    assert open_embeddings(store.produce(ENCODE, SHARDS, {**refs, "data": data}, seed=0).path).queries() is None

@@ -453,3 +453,75 @@ def test_jsonl_a_corpus_alone_is_documents_only(tmp_path):
     assert [(document.parent, document.section) for document in records.documents] == [("a", "Top > One"), ("", "")]
     with pytest.raises(ValidationError, match="expected `path`, `corpus` or both, got neither"):
         source(kind="jsonl")
+
+
+METADATA = {"language": "en", "year": 2024, "draft": False, "tags": ["api", "guide"], "none": None}
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def beir_folder(folder: Path, documents: list[dict]) -> Path:
+    write_lines(folder / "corpus.jsonl", [{"_id": row["id"], **row} for row in documents])
+    write_lines(folder / "queries.jsonl", [{"_id": "q", "text": "a question"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("q\ta\t1\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["beir", "jsonl", "parquet"])
+def test_metadata_travel_with_a_document(kind: str, tmp_path: Path) -> None:
+    documents = [{"id": "a", "text": "first", "metadata": METADATA}, {"id": "b", "text": "second"}]
+    if kind == "beir":
+        spec = {"path": str(beir_folder(tmp_path, documents))}
+    elif kind == "jsonl":
+        spec = {"corpus": str(write_lines(tmp_path / "corpus.jsonl", documents))}
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(documents), tmp_path / "corpus.parquet")
+        spec = {"corpus": str(tmp_path / "corpus.parquet")}
+    records, problems = read(kind=kind, **spec)
+    found = {document.id: dict(document.metadata) for document in records.documents}
+    assert not problems
+    assert found == {"a": {name: value for name, value in METADATA.items() if value is not None}, "b": {}}
+
+
+def test_metadata_may_be_the_json_of_an_object_in_a_table(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"id": "a", "text": "first", "metadata": '{"year": 2024}'}, {"id": "b", "text": "second", "metadata": "no JSON"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    records, problems = read(kind="parquet", corpus=str(tmp_path / "corpus.parquet"))
+    assert [dict(document.metadata) for document in records.documents] == [{"year": 2024}]
+    assert len(problems) == 1
+    assert ":2: wrong type ('metadata' must be an object, got str)" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "detail"),
+    [
+        ([1], "'metadata' must be an object, got list"),
+        ({"place": {"lat": 1}}, "'metadata.place' must be a text, a number, true, false or a list of them"),
+        ({"tags": ["a", ["b"]]}, "'metadata.tags' must be a text"),
+    ],
+)
+def test_bad_metadata_are_named_by_line(metadata: object, detail: str, tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "first"}, {"id": "b", "text": "second", "metadata": metadata}]
+    records, problems = read(kind="jsonl", corpus=str(write_lines(tmp_path / "corpus.jsonl", rows)))
+    assert [document.id for document in records.documents] == ["a"]
+    assert len(problems) == 1
+    assert f"corpus.jsonl:2: wrong type ({detail}" in problems[0]
+
+
+def test_a_file_of_a_folder_has_its_place_as_metadata(tmp_path: Path) -> None:
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "guide" / "Install.MD").write_text("# Install\n\nRun the command and wait for it.\n")
+    records, _ = read(kind="text", path=str(tmp_path))
+    assert {tuple(document.metadata.items()) for document in records.documents} == {
+        (("file", "guide/Install.MD"), ("folder", "guide"), ("ending", "md"))
+    }

@@ -49,18 +49,19 @@ class Pairs:
             self._add(line, split)
 
     def read_corpus(self, lines: Iterable[Line]) -> None:
-        """Add every good document: text, and optionally id (or _id), title, parent and section."""
+        """Add every good document: text, and optionally id (or _id), title, parent, section and metadata."""
         for line in lines:
             title, parent, section = (line.text(name, empty=True) for name in ("title", "parent", "section"))
             text = None if title is None else line.text("text", empty=bool(title.strip()))
-            if title is None or text is None or parent is None or section is None:
+            metadata = line.metadata()
+            if title is None or text is None or parent is None or section is None or metadata is None:
                 continue
             key = next((key for key in ("_id", "id") if key in line.value), "")
             name = line.text(key) if key else identifier(f"{title}\n{text}" if title else text, "text-")
             if name is None:
                 continue
             if name not in self.documents:
-                self.add_document(Document(name, text, title, parent=parent, section=section))
+                self.add_document(Document(name, text, title, parent=parent, section=section, metadata=metadata))
             elif key:
                 line.bad("duplicate id", f"'{name}'")
 

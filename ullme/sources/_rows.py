@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ NEGATIVE = ("negative", "neg")
 INSTRUCTION = ("instruction", "prompt")
 NUMBERED = re.compile(r"negative_(\d+)")
 PAIRS = (*QUERY, *POSITIVE, *NEGATIVE, *INSTRUCTION, "split", "group", "pos_scores", "neg_scores")
-CORPUS = ("_id", "id", "text", "title", "parent", "section")
+CORPUS = ("_id", "id", "text", "title", "parent", "section", "metadata")
 IDS = ("_id", "id", "parent")
 BATCH_ROWS = 1024
 
@@ -130,5 +131,10 @@ def _source_columns(path: Path, names: tuple[str, ...], columns: Mapping[str, st
 
 
 def _value(name: str, value: Any) -> Any:
-    """Tables often number their documents: an id that is a whole number becomes its digits."""
+    """Tables often number their documents: an id that is a whole number becomes its digits. Metadata may be an object's JSON."""
+    if name == "metadata" and isinstance(value, str):
+        try:
+            return json.loads(value or "{}")
+        except json.JSONDecodeError:
+            return value
     return str(value) if name in IDS and isinstance(value, int) else value

@@ -1,6 +1,6 @@
 """A folder as BEIR lays it out: the usual way to keep a retrieval collection with its judgements.
 
-corpus.jsonl        {"_id": "...", "text": "...", "title": "..." (optional)}
+corpus.jsonl        {"_id": "...", "text": "...", "title": "...", "metadata": {...}}, the latter two optional
 queries.jsonl       {"_id": "...", "text": "..."}, for all splits together
 qrels/<split>.tsv   query, document and whole-numbered grade, with or without a header line; TREC's four columns too
 """
@@ -58,9 +58,9 @@ class Beir(Source):
         corpus, queries_file, qrels = self._files()
         pairs = Pairs(searchable=False)
         bad_documents, bad_queries = set[str](), set[str]()
-        for name, text, title in _texts(corpus, problems, bad_documents):
-            pairs.add_document(Document(name, text, title))
-        queries = {name: text for name, text, _ in _texts(queries_file, problems, bad_queries)}
+        for document in _texts(corpus, problems, bad_documents):
+            pairs.add_document(document)
+        queries = {one.id: one.text for one in _texts(queries_file, problems, bad_queries)}
         known = (queries.keys() | bad_queries, pairs.documents.keys() | bad_documents)
         judged: dict[str, Query] = {}
         twice = 0
@@ -114,8 +114,8 @@ class Beir(Source):
         return folder / "corpus.jsonl", folder / "queries.jsonl", {key: present[wanted[key].removesuffix(".tsv")] for key in wanted}
 
 
-def _texts(path: Path, problems: Problems, bad: set[str]) -> Iterator[tuple[str, str, str]]:
-    """(id, text, title) of each good line; `bad` takes the ids of the others, so that judgements of them are no news."""
+def _texts(path: Path, problems: Problems, bad: set[str]) -> Iterator[Document]:
+    """Each good line, of a document or a query; `bad` takes the ids of the others, so that judgements of them are no news."""
     seen: set[str] = set()
     for line in objects(path, problems):
         name = line.text("_id")
@@ -127,10 +127,11 @@ def _texts(path: Path, problems: Problems, bad: set[str]) -> Iterator[tuple[str,
         seen.add(name)
         title = line.text("title", empty=True)
         text = None if title is None else line.text("text", empty=bool(title.strip()))
-        if title is None or text is None:
+        metadata = None if text is None else line.metadata()
+        if title is None or text is None or metadata is None:
             bad.add(name)
             continue
-        yield name, text, title
+        yield Document(name, text, title, metadata=metadata)
 
 
 def _judged(path: Path, queries: dict[str, str], known: tuple[set[str], set[str]], problems: Problems) -> Iterator[Query]:

@@ -79,7 +79,16 @@ class PyDocs(Source):
             moved += len(group) - len(kept)
             searchable = self.candidates == "all" or side == "test"
             for function in kept:
-                documents.append(Document(function.id, function.source, "", searchable=searchable, held_out=side == "test"))
+                documents.append(
+                    Document(
+                        function.id,
+                        function.source,
+                        "",
+                        searchable=searchable,
+                        held_out=side == "test",
+                        metadata={"module": function.module},
+                    )
+                )
             positives = {function.id: 1 for function in kept}
             asked: set[str] = set()
             for function in kept:

@@ -124,7 +124,9 @@ class _Folder:
                     part.blocks, chunk_tokens=self.section.chunk_tokens, overlap_tokens=self.section.overlap_tokens
                 ):
                     self.passages[name].append(f"{name}#{len(self.passages[name]) + 1}")
-                    yield Document(self.passages[name][-1], text, article.title, parent=name, section=part.section)
+                    yield Document(
+                        self.passages[name][-1], text, article.title, parent=name, section=part.section, metadata=of_file(name)
+                    )
 
     def find(self, name: str) -> list[str] | None:
         """The passages that a label names: a file's, or the one. None: there is no such file or passage."""
@@ -135,6 +137,12 @@ class _Folder:
             return None
         known = self.passages[parent]
         return [name] if name in known else [] if not known else None
+
+
+def of_file(name: str) -> dict[str, str]:
+    """What a search can filter by: folder and ending of a file."""
+    path = PurePosixPath(name)
+    return {"file": name, "folder": path.parent.as_posix(), "ending": path.suffix.lower().removeprefix(".")}
 
 
 def _matching(root: Path, patterns: tuple[str, ...]) -> set[Path]:

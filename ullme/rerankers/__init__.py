@@ -1,0 +1,1 @@
+"""What puts the best answers of a search in a better order: one file per kind, each with one public `Reranker`."""
