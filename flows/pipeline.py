@@ -94,12 +94,7 @@ class Pipeline:
             if config.synthetic is not None:
                 learned_from = "synthetic"
                 steps.append(self._step("synthetic", "synthesise", config.synthetic, {"data": "data", "model": "backbone"}))
-            mining = {"data": learned_from, **({"model": "backbone"} if config.mining.miner.needs_model else {})}
-            negatives = {}
-            if config.training.reads_pairs:
-                steps.append(self._step("mine", "mine", config.mining, mining))
-                negatives["negatives"] = "mine"
-            steps.append(self._step("train", "train", config.training, {"data": learned_from, **negatives, "model": start}))
+            steps += self._learning(learned_from, start)
         for who, model in models.items():
             steps.append(self._step(f"encode {who}", "encode", config.encoding, {"data": "data", "model": model}))
         index = {who: "index" if who == "tuned" else f"index {who}" for who in models if who in indexed}
@@ -112,6 +107,25 @@ class Pipeline:
             if who in index:
                 inputs["index"] = index[who]
             steps.append(self._step(f"evaluate {who}", "evaluate", config.evaluation, inputs))
+        return steps
+
+    def _learning(self, data: str, start: str) -> list[Step]:
+        """Mine and train, in rounds: a later one mines with the model that the one before it trained.
+
+        The steps of the last are called `mine` and `train`, those of earlier ones `mine 1`, `train 1` and so on.
+        """
+        config, steps, teacher = self.config, [], "backbone"
+        rounds = config.mining.rounds if config.training.reads_pairs else 1
+        for number in range(1, rounds + 1):
+            suffix = "" if number == rounds else f" {number}"
+            inputs = {"data": data, "model": start}
+            if config.training.reads_pairs:
+                section = config.mining.in_round(number)
+                mining = {"data": data, **({"model": teacher} if section.needs_model else {})}
+                steps.append(self._step(f"mine{suffix}", "mine", section, mining))
+                inputs["negatives"] = f"mine{suffix}"
+            teacher = f"train{suffix}"
+            steps.append(self._step(teacher, "train", config.training, inputs))
         return steps
 
     def _step(self, name: str, stage: str, section: Section, inputs: Mapping[str, str]) -> Step:
@@ -188,7 +202,7 @@ class Pipeline:
 
     def _refs(self, step: Step) -> dict[str, ArtifactRef]:
         refs = {name: self.made[source] for name, source in step.inputs.items() if source in self.made}
-        if step.name == "train" and step.inputs["model"] == "champion":
+        if step.stage == "train" and step.inputs["model"] == "champion":
             refs["model"] = self._start(step, refs)
         return refs
 

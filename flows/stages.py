@@ -16,8 +16,7 @@ __all__ = ["STAGE_FLOWS", "encode", "evaluate", "index", "mine", "promote", "tra
 def _stage_flow(stage: str, what: str) -> Flow[..., dict[str, Any]]:
     def run(config: RunConfig, model: Model = "trained") -> dict[str, Any]:
         with producing(config, model=model, until=stage) as produce:
-            produce("data", "backbone", "synthesise", "mine")
-            produce("train")
+            produce.model()
             produce("encode", "index", "evaluate")
             return produce.released(produce.promote()) if stage == "promote" else produce.finished()
 

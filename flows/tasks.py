@@ -148,6 +148,8 @@ class Producer:
         """Make every step of these stages. Those that have to run share one child process."""
         missing = []
         for name in self.pipeline.named(*stages):
+            if name in self.stages:
+                continue
             started = time.monotonic()
             planned = self.pipeline.planned(name)
             if planned.ref is None:
@@ -159,6 +161,13 @@ class Producer:
                 self.say(f"{name}: reused {planned.ref}")
         if missing:
             self._launch(missing)
+
+    def model(self) -> None:
+        """Make the model and what it learns from, in rounds of mining and training."""
+        learning = [name for name, step in self.pipeline.steps.items() if step.stage in ("mine", "train")]
+        self("data", "backbone", "synthesise", *learning[:1])
+        for name in learning[1:]:
+            self(name)
 
     def _launch(self, missing: Sequence[str]) -> None:
         pipeline = self.pipeline

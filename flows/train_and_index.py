@@ -20,7 +20,6 @@ def train_and_index(config: RunConfig) -> dict[str, Any]:
     be the path of a YAML file.
     """
     with producing(config) as produce:
-        produce("data", "backbone", "synthesise", "mine")
-        produce("train")
+        produce.model()
         produce("encode", "index", "evaluate")
         return produce.released(produce.promote())

@@ -1,7 +1,9 @@
 """The mine stage: hard negatives for every train query, and how far their teacher can be trusted.
 
-    negatives.parquet   query_id, doc_ids: list<string>, scores: list<float32>; what the source gave first, then best first
+    negatives.parquet   query_id, doc_ids: list<string>, scores: list<float32>; what the source gave first, then best first;
+                        relabelled: list<string>, what the judge took for further positives
     report.json         counts, what was excluded, shortfalls, the teacher's nDCG@10, a histogram, 20 rows to look at
+    report.html         the same as a page
 
 Candidates are the documents of train queries and those that no query has judged; an auxiliary data set's queries have those
 of their own data set. What a dev or test query is answered by is never a negative (`pool: train_only`): a model must not be
@@ -17,9 +19,10 @@ import json
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,12 +30,17 @@ from pydantic import Field, model_validator
 from ullme.artifacts import Draft, Inputs, Stage
 from ullme.components import Component, Section, component, resolve
 from ullme.data import Dataset, Document, Query
-from ullme.errors import ContractError, DataError
+from ullme.errors import ConfigError, ContractError, DataError
+from ullme.judging import JudgeConfig, judge, merged
 from ullme.lexical import LexicalConfig
+from ullme.mining_page import page
 from ullme.neighbours import MISSING_ROW
 from ullme.progress import Progress
 from ullme.rankers import MiningContext, Ranker, model_vectors
 from ullme.records import normalise
+
+if TYPE_CHECKING:
+    from ullme.encoder import Encoder
 
 __all__ = ["MINE", "Miner", "MiningConfig", "RankingMiner", "Selection", "mine"]
 
@@ -194,13 +202,39 @@ class MiningConfig(Section):
     """How negatives are chosen.
 
     pool: `train_only` leaves out documents that answer a dev or test query and no train query; `all` keeps them.
-    teacher_queries: on how many train queries, drawn by seed, the teacher's nDCG@10 is measured.
+    teacher_queries: on how many train queries, drawn by seed, the teacher's nDCG@10 is measured. judge: reads what was mined once
+    more, together with its query. rounds: mine, train, and mine again with the trained model, so often; each training begins with
+    the same model. first: the miner of the first round, where that is another.
     """
 
     miner: Annotated[Miner, component("ullme.miners")] = Field(default_factory=lambda: _default_miner())
+    judge: JudgeConfig | None = None
+    rounds: int = Field(default=1, ge=1)
+    first: Annotated[Miner, component("ullme.miners")] | None = None
     pool: Literal["train_only", "all"] = "train_only"
     teacher_queries: int = Field(default=1000, ge=1)
     runtime: MiningRuntime = MiningRuntime()
+
+    @model_validator(mode="after")
+    def _later_rounds_differ(self) -> MiningConfig:
+        if self.rounds > 1 and not self.needs_model:
+            raise ValueError(
+                f"rounds: {self.rounds} mines again with the trained model, and miner: {self.miner.kind} reads none; use one that "
+                "does, such as {kind: perc_pos}, with first: {kind: bm25}"
+            )
+        if self.first is not None and self.rounds == 1:
+            raise ValueError("first: there is one round alone, which miner is for; set rounds: 2 or leave first out")
+        return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the stage has to be given a model."""
+        return self.miner.needs_model or (self.judge is not None and self.judge.reranker.needs_model)
+
+    def in_round(self, number: int) -> MiningConfig:
+        """What round `number`, from 1, is mined by: one round without the others."""
+        miner = self.first if number == 1 and self.first is not None else self.miner
+        return self.model_copy(update={"miner": miner, "rounds": 1, "first": None})
 
 
 def _default_miner() -> Any:
@@ -220,20 +254,22 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
     if not queries:
         raise DataError("mine: the data set has no train query; look at the data stage's counts")
     documents = _pool(data) if section.pool == "train_only" else data.documents()
-    vectors = model_vectors(inputs, data, batch_tokens=section.runtime.batch_tokens) if "model" in inputs else None
+    encoder = _loaded(inputs) if "model" in inputs else None
+    vectors = model_vectors(inputs, data, encoder, batch_tokens=section.runtime.batch_tokens) if encoder else None
     parts = []
     for name in dict.fromkeys(query.dataset for query in queries):
         asked = [query for query in queries if query.dataset == name]
         pool = [document for document in documents if document.dataset == name]
-        parts.append(_mined(section, MiningContext(asked, pool, draft.seed, vectors), name))
+        parts.append(_mined(section, MiningContext(asked, pool, draft.seed, vectors), name, encoder))
     queries = [query for part in parts for query in part.context.queries]
     passed_over = sum((part.selection.passed_over for part in parts), Counter[str]())
     dropped = sum((part.dropped for part in parts), Counter[str]())
     teachers = {name: found for part in parts for name, found in part.teachers.items()}
     suspected = passed_over.pop(ABOVE_POSITIVE, 0)
+    judged = merged([part.judged for part in parts if part.judged])
     chosen = [mined for part in parts for mined in part.selection.chosen]
     rows = [row for part in parts for row in part.named()]
-    _write(draft, queries, rows)
+    _write(draft, queries, rows, [names for part in parts for names in part.relabelled_names()])
     missing = [section.miner.wanted - len(mined) for mined in chosen]
     mined_scores = np.array([score for mined in chosen for _, score in mined], dtype=np.float64)
     counts, edges = np.histogram(mined_scores, bins=20) if len(mined_scores) else (np.zeros(0, int), np.zeros(0))
@@ -248,15 +284,27 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
         },
         "passed_over": dict(passed_over),
         "suspected_false_negatives": suspected,
+        "judge": judged,
+        "datasets": {
+            part.dataset or data.name: {
+                "queries": len(part.context.queries),
+                "mined": sum(map(len, part.selection.chosen)),
+                "suspected_false_negatives": part.selection.passed_over.get(ABOVE_POSITIVE, 0),
+            }
+            for part in parts
+        },
         "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
         "teachers": teachers,
         "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
         "samples": _samples(data, queries, rows, draft.seed),
     }
     (draft.path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (draft.path / "report.html").write_text(page(report), encoding="utf-8")
     short = report["shortfall"]
     draft.meta |= {"queries": len(queries), "pool": len(documents), "mined": len(mined_scores), "short_queries": short["queries"]}
     draft.meta |= {"suspected_false_negatives": suspected}
+    if judged:
+        draft.meta |= {f"judge_{name}": judged[name] for name in ("finds_positive", "chance", "suspects")}
     draft.meta |= {f"teacher_ndcg_at_10_{name}": teacher["ndcg_at_10"] for name, teacher in teachers.items()}
     logger.info(
         "mine: %d negatives for %d queries from %d documents, %d from the source; %d score no less than a positive",
@@ -278,6 +326,14 @@ class _Mined:
     selection: Selection
     dropped: Counter[str]
     teachers: dict[str, dict[str, Any]]
+    dataset: str = ""
+    relabelled: list[list[int]] = field(default_factory=list)
+    judged: dict[str, Any] | None = None
+
+    def relabelled_names(self) -> list[list[str]]:
+        """Per query: ids of the documents that the judge took for further positives."""
+        names = [document.id for document in self.context.documents]
+        return [[names[row] for row in rows] for rows in self.relabelled] or [[] for _ in self.context.queries]
 
     def named(self) -> list[list[tuple[str, float]]]:
         """Per query: (document id, score), the source's own first."""
@@ -286,12 +342,35 @@ class _Mined:
         return [[(names[row], score) for row, score in (*own, *mined)] for own, mined in both]
 
 
-def _mined(section: MiningConfig, context: MiningContext, dataset: str) -> _Mined:
-    """Mine for the queries of one data set among its documents. dataset: an auxiliary one's name; empty = the run's own."""
+def _loaded(inputs: Inputs) -> Callable[[], Encoder]:
+    """Opens the model when it is first asked for."""
+
+    @cache
+    def opened() -> Encoder:
+        from ullme.encoder import Encoder
+
+        return Encoder.load(inputs["model"])
+
+    return opened
+
+
+def _mined(section: MiningConfig, context: MiningContext, dataset: str, encoder: Callable[[], Encoder] | None) -> _Mined:
+    """Mine for the queries of one data set among its documents. dataset: an auxiliary one's name; empty = the run's own.
+
+    Raises:
+        ConfigError: the judge reads with a model, and there is none.
+    """
     found = _teachers(section, context, dataset)
     teachers = {f"{name}_{dataset}" if dataset else name: teacher for name, teacher in found.items()}
     given, taken, dropped = _given(context, section.miner)
-    return _Mined(context, given, section.miner.select(context, taken), dropped, teachers)
+    mined = _Mined(context, given, section.miner.select(context, taken), dropped, teachers, dataset)
+    if section.judge is None:
+        return mined
+    if section.judge.reranker.needs_model and encoder is None:
+        raise ConfigError(f"mining.judge: {section.judge.reranker.kind} reads with a model, and the stage was given none")
+    found = judge(section.judge, context, mined.selection.chosen, encoder)
+    selection = replace(mined.selection, chosen=found.chosen)
+    return replace(mined, selection=selection, relabelled=found.relabelled, judged=found.found)
 
 
 def mining_space(section: MiningConfig, inputs: Inputs) -> int:
@@ -299,10 +378,10 @@ def mining_space(section: MiningConfig, inputs: Inputs) -> int:
     counts = inputs.ref("data").meta
     wanted = section.miner.wanted
     shown = SHOWN_BYTES * SHOWN_ROWS * (wanted + 2)  # the query and a positive beside them
-    return ROW_BYTES * (counts["queries_train"] * (1 + wanted) + counts["negatives"]) + shown + REPORT_BYTES
+    return ROW_BYTES * (counts["queries_train"] * (1 + wanted) + counts["negatives"]) + 3 * shown + 3 * REPORT_BYTES
 
 
-MINE = Stage("mine", "negatives", 1, mine, mining_space)
+MINE = Stage("mine", "negatives", 2, mine, mining_space)
 
 
 def _pool(data: Dataset) -> list[Document]:
@@ -380,7 +459,9 @@ def _given(context: MiningContext, miner: Miner) -> tuple[list[list[tuple[int, f
     return given, taken, dropped
 
 
-def _write(draft: Draft, queries: Sequence[Query], rows: Sequence[Sequence[tuple[str, float]]]) -> None:
+def _write(
+    draft: Draft, queries: Sequence[Query], rows: Sequence[Sequence[tuple[str, float]]], relabelled: Sequence[Sequence[str]]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -389,6 +470,7 @@ def _write(draft: Draft, queries: Sequence[Query], rows: Sequence[Sequence[tuple
             "query_id": pa.array([query.id for query in queries], pa.string()),
             "doc_ids": pa.array([[name for name, _ in chosen] for chosen in rows], pa.list_(pa.string())),
             "scores": pa.array([[score for _, score in chosen] for chosen in rows], pa.list_(pa.float32())),
+            "relabelled": pa.array(list(map(list, relabelled)), pa.list_(pa.string())),
         }
     )
     pq.write_table(table, draft.path / "negatives.parquet", compression="zstd")

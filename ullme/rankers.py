@@ -6,8 +6,8 @@ import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -15,13 +15,14 @@ from ullme.artifacts import Inputs
 from ullme.data import Dataset, Document, Query
 from ullme.errors import ConfigError, ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
-from ullme.neighbours import ExactSearcher, Neighbours
+from ullme.neighbours import ExactSearcher, Neighbours, best_places
 from ullme.records import normalise
+from ullme.reranking import FUSION_CONSTANT
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
 
-__all__ = ["LexicalRanker", "MiningContext", "Ranker", "VectorRanker", "model_vectors"]
+__all__ = ["FusedRanker", "LexicalRanker", "MiningContext", "Ranker", "VectorRanker", "model_vectors"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,38 @@ class VectorRanker:
     def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
         """Inner product with these pool rows."""
         return self.documents[list(rows)].astype(np.float32) @ self.queries[query]
+
+
+@dataclass(frozen=True)
+class FusedRanker:
+    """Several rankings of a pool of `size` documents as one.
+
+    by: `ranks`, 1 / (60 + rank) summed (reciprocal-rank fusion), or `scores`, their mean as standard deviations over the pool.
+    """
+
+    rankers: Sequence[Ranker]
+    size: int
+    by: Literal["ranks", "scores"]
+    name: str = "fused"
+
+    def search(self, queries: Sequence[int], k: int) -> Neighbours:
+        """The k best pool rows of each query."""
+        scores = np.stack([self.score(query, range(self.size)) for query in queries])
+        places = best_places(scores, min(k, self.size))
+        return Neighbours(places, np.take_along_axis(scores, places, axis=1))
+
+    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+        """The fused score of these pool rows."""
+        parts = []
+        for ranker in self.rankers:
+            scores = ranker.score(query, range(self.size)).astype(np.float64)
+            if self.by == "scores":
+                parts.append((scores - scores.mean()) / max(float(scores.std()), 1e-9) / len(self.rankers))
+            else:
+                ascending = np.sort(scores)
+                above = len(scores) - np.searchsorted(ascending, scores, side="right")
+                parts.append(1 / (FUSION_CONSTANT + 1 + above))
+        return np.sum(parts, axis=0)[list(rows)].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -141,24 +174,20 @@ class MiningContext:
         return np.random.default_rng([self.seed, zlib.crc32(self.queries[query].id.encode())])
 
 
-def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callable[[MiningContext], VectorRanker]:
-    """Encodes train queries and pool with `model` when first called; documents that `embeddings` holds are taken from there.
+def model_vectors(
+    inputs: Inputs, data: Dataset, encoder: Callable[[], Encoder], *, batch_tokens: int
+) -> Callable[[MiningContext], VectorRanker]:
+    """Encodes train queries and pool with what `encoder` opens, when first called; what `embeddings` holds is taken from there.
 
     Raises, when called:
         ContractError: the embeddings are of another model.
     """
 
-    @cache
-    def loaded() -> Encoder:
-        from ullme.encoder import Encoder
-
-        return Encoder.load(inputs["model"])
-
     def vectors(context: MiningContext) -> VectorRanker:
         from ullme.encoding import open_embeddings
 
-        encoder = loaded()
-        documents = np.zeros((len(context.documents), encoder.dim), dtype=np.float16)
+        model = encoder()
+        documents = np.zeros((len(context.documents), model.dim), dtype=np.float16)
         missing = dict(context.row_of)
         if "embeddings" in inputs:
             stored = open_embeddings(inputs["embeddings"])
@@ -175,13 +204,13 @@ def model_vectors(inputs: Inputs, data: Dataset, *, batch_tokens: int) -> Callab
         if missing:
             logger.info("mine: encoding %d documents of the pool", len(missing))
             here = [data.document(name) for name in missing]
-            documents[list(missing.values())] = encoder.encode(
+            documents[list(missing.values())] = model.encode(
                 [document.content for document in here],
                 prompt="document",
                 dataset=[document.dataset or data.name for document in here],
                 batch_tokens=batch_tokens,
             )
-        queries = encoder.encode(
+        queries = model.encode(
             [query.text for query in context.queries],
             prompt="query",
             dataset=[query.dataset or data.name for query in context.queries],

@@ -33,7 +33,7 @@ def test_nothing_is_there_at_first(config: RunConfig) -> None:
     plan = whys(Pipeline(config))
     assert plan["data"] == plan["backbone"] == "no artifact yet"
     assert plan["mine"] == "data will be new"
-    assert plan["train"] == "data, mine, backbone will be new"
+    assert plan["train"] == "data, backbone, mine will be new"
     assert plan["evaluate bm25"] == "data will be new"
     assert not any("champion" in name for name in plan)
 
@@ -51,6 +51,20 @@ def test_a_miner_that_needs_a_model_waits_for_it(config: RunConfig, plain_config
     other = validate({**plain_config, "store": str(config.store), "mining": {"miner": {"kind": "topk"}}}).resolved()
     assert Pipeline(config).steps["mine"].inputs == {"data": "data"}
     assert Pipeline(other).steps["mine"].inputs == {"data": "data", "model": "backbone"}
+
+
+def test_a_second_round_mines_with_what_the_first_has_trained(config: RunConfig, plain_config: Mapping[str, Any]) -> None:
+    mining = {"rounds": 2, "first": {"kind": "bm25", "num_negatives": 2}, "miner": {"kind": "topk", "num_negatives": 2}}
+    pipeline = Pipeline(validate({**plain_config, "store": str(config.store), "mining": mining}).resolved(), until="train")
+    assert list(pipeline.steps) == ["data", "backbone", "mine 1", "train 1", "mine", "train"]
+    assert pipeline.steps["mine"].inputs == {"data": "data", "model": "train 1"}
+    for name, step in pipeline.steps.items():
+        refs = {source: pipeline.made[made] for source, made in step.inputs.items()}
+        pipeline.made[name] = pipeline.store.produce(STAGES[step.stage].stage, step.section, refs, seed=step.seed)
+    first, second = (pipeline.made[name] for name in ("mine 1", "mine"))
+    assert pipeline.store.manifest(second)["provenance"]["inputs"]["model"]["digest"] == pipeline.made["train 1"].digest
+    assert (first.path / "negatives.parquet").read_bytes() != (second.path / "negatives.parquet").read_bytes()
+    assert pipeline.made["train"].digest != pipeline.made["train 1"].digest
 
 
 def test_a_champion_is_encoded_indexed_and_measured_unless_it_is_the_tuned_model(
