@@ -3,7 +3,8 @@
     python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md      some 6 hours
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Every run that has ended is kept in --work and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of rank 16,
+Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of rank
+16,
 merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training modules
 of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
 wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
@@ -194,13 +195,18 @@ class Bench:
 
 
 def everything(runs: Runs, effort: Effort) -> Iterator[dict[str, Any]]:
-    """What is known after each system."""
+    """What is known at the end."""
     rows: dict[str, Any] = {}
     averaged: dict[str, list[float]] = {}
+    counted: list[str] = []
     for system in systems(effort):
-        found = [runs.row(system.name, seed) for seed in (effort.seeds if system.repeated else effort.seeds[:1])]
-        queries = sorted(found[0]["per_query"])
-        averaged[system.name] = [statistics.fmean(row["per_query"][query] for row in found) for query in queries]
+        tried = [runs.row(system.name, seed) for seed in (effort.seeds if system.repeated else effort.seeds[:1])]
+        found = [row for row in tried if row is not None]
+        if len(found) < len(tried):
+            rows[system.name] = NOT_RUN
+            continue
+        counted = sorted(found[0]["per_query"])
+        averaged[system.name] = [statistics.fmean(row["per_query"][query] for row in found) for query in counted]
         scores = [statistics.fmean(row["per_query"].values()) for row in found]
         row: dict[str, Any] = {
             "seeds": [round(score, 4) for score in scores],
@@ -215,8 +221,7 @@ def everything(runs: Runs, effort: Effort) -> Iterator[dict[str, Any]]:
             compared = paired_randomisation(averaged[system.name], averaged[system.against])
             row |= {"against": system.against, "difference": round(compared.difference, 4), "p": round(compared.p, 4)}
         rows[system.name] = row
-        counts = {"queries": len(queries), "hours": round(runs.spent() / 3600, 2)}
-        yield {"effort": vars(effort), "machine": machine(), **counts, "rows": rows}
+    yield {"effort": vars(effort), "machine": machine(), "queries": len(counted), "hours": runs.hours, "rows": rows}
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -226,6 +231,9 @@ def tables(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
+        if row == NOT_RUN:
+            lines.append(f"| {name} | {NOT_RUN} | | | | | | |")
+            continue
         spread = f" ({min(row['seeds']):.3f} .. {max(row['seeds']):.3f})" if len(row["seeds"]) > 1 else ""
         against = [row["against"], f"{row['difference']:+.3f}", f"{row['p']:.4f}"] if "against" in row else ["", "", ""]
         language = [values if values == NOT_RUN else f"{statistics.fmean(values):.3g}" for values in row["language"].values()]
@@ -243,6 +251,7 @@ def main() -> None:
     experiment(
         __file__,
         __doc__,
+        effort=lambda arguments: vars(effort(arguments)),
         run=lambda arguments, folder, name: Bench(folder, effort(arguments), arguments.data).run(*name),
         everything=lambda arguments, _, runs: everything(runs, effort(arguments)),
         tables=tables,

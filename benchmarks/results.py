@@ -1,11 +1,12 @@
 """Which strategy helps: contrastive learning, SFT, DPO and GRL by generation score and temperature, on one model and equal steps.
 
-    python benchmarks/results.py --data ../shared/data --work work --json strategies.json --write docs/results.md      some 5 hours
+    python benchmarks/results.py --data ../shared/data --work work --json strategies.json --write docs/results.md      some 6 hours
     python benchmarks/results.py --quick                  few queries, steps and strategies, under 5 minutes: does it run
 
-Every run that has ended is kept in --work and not repeated. SmolLM2-135M-Instruct, bidirectional, mean
-pooling, LoRA of rank 16. Every seed is first warmed up by contrastive learning with in-batch negatives alone; each strategy goes on
-from there, with the same queries, passages and BM25 negatives in the same order, for the same number of steps.
+Every run that has ended is kept beside --json and not repeated; a cell whose runs are missing says so. SmolLM2-135M-Instruct,
+bidirectional, mean pooling, texts of at most 64 tokens, LoRA of rank 16. Every seed is first warmed up by contrastive learning with
+in-batch negatives alone; each strategy goes on from there, with the same queries, passages and BM25 negatives in the same order,
+for the same number of steps.
 
     screen         pydocs, one seed, every strategy. Scored on one half of the test queries, by the hash of their ids.
     confirmation   pydocs and squad_sent, three seeds: contrastive, plain ULLME, + SFT, + DPO, and the GRL that was best in the
@@ -29,7 +30,7 @@ from encode import NOT_RUN, SMOLLM2, machine
 from runs import Runs, experiment
 
 from ullme.artifacts import ArtifactRef, Store
-from ullme.backbone import BACKBONE, BackboneConfig
+from ullme.backbone import BACKBONE, BackboneConfig, native_dtype
 from ullme.data import PREPARE, DataConfig
 from ullme.encoding import ENCODE, EncodeConfig
 from ullme.evaluation import EVALUATE, EvalConfig
@@ -48,17 +49,22 @@ class Effort:
     """How long everything takes. queries and documents: of a collection, at most."""
 
     queries: int = 600
-    documents: int | None = None
-    squad_documents: int = 3000
-    warm_up_steps: int = 40
-    warm_up_queries: int = 32
-    steps: int = 12
-    step_queries: int = 16
-    seeds: tuple[int, ...] = SEEDS
+    documents: int = 900
+    warm_up_steps: int = 24
+    warm_up_queries: int = 24
+    steps: int = 10
+    step_queries: int = 12
+    tokens: int = 64
     every_strategy: bool = True
+    dtype: str = native_dtype()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the confirmation."""
+        return SEEDS if self.every_strategy else SEEDS[:1]
 
 
-QUICK = Effort(40, 120, 120, 2, 6, 2, 4, (0,), every_strategy=False)
+QUICK = Effort(40, 60, 2, 6, 2, 4, every_strategy=False)
 
 
 @dataclass(frozen=True)
@@ -90,21 +96,18 @@ SFT, DPO = Strategy("CL + SFT", with_term("sft", 0.5)), Strategy("CL + DPO", wit
 ULLME = replace(grl("passage_given_query", 1.0), name="GRL, plain ULLME")
 SCREEN = (
     CL,
-    SFT,
-    Strategy("CL + SFT, weight 0.1", with_term("sft", 0.1)),
-    DPO,
-    Strategy("CL + DPO, weight 0.1", with_term("preference", 0.1)),
     ULLME,
     grl("passage_given_query", 0.1),
-    grl("pmi", 0.1),
-    grl("pmi", 0.03),
-    grl("query_given_passage", 1.0),
-    grl("query_given_passage", 0.1),
-    grl("sum", 0.3),
     grl("sum", 0.1),
-    grl("sum", 0.1, teacher="frozen"),
-    grl("sum", 0.1, preference=0.0),
+    grl("sum", 0.3),
+    grl("pmi", 0.1),
+    grl("query_given_passage", 0.1),
     grl("sum", 0.1, preference=0.1, kl=0.1),
+    grl("sum", 0.1, preference=0.0),
+    SFT,
+    DPO,
+    Strategy("CL + SFT, weight 0.1", with_term("sft", 0.1)),
+    Strategy("CL + DPO, weight 0.1", with_term("preference", 0.1)),
 )
 
 
@@ -130,7 +133,7 @@ def collections(effort: Effort, data: Path | None) -> list[Collection]:
     folder = data / "squad_sent" if data else None
     if folder is not None and (folder / "corpus.jsonl").is_file():
         source = {"kind": "beir", "path": str(folder), "train_pairs": [str(folder / "train_pairs.jsonl")]}
-        caps = {"max_test_queries": effort.queries, "max_documents": effort.squad_documents, "max_train_queries": 4000}
+        caps = {"max_test_queries": effort.queries, "max_documents": effort.documents, "max_train_queries": 4000}
         found.append(Collection("squad_sent", {"source": source, **caps}, halves=False))
     return found
 
@@ -149,7 +152,9 @@ class Bench:
     def common(self, collection: str) -> dict[str, ArtifactRef]:
         """Data, base model and negatives, the same for every run."""
         section = DataConfig.model_validate(self.collections[collection].data).resolved()
-        base = BackboneConfig.model_validate({"model": SMOLLM2, "attention": "bidirectional", "pooling": "mean", "max_tokens": 128})
+        base = BackboneConfig.model_validate(
+            {"model": SMOLLM2, "dtype": self.effort.dtype, "attention": "bidirectional", "max_tokens": self.effort.tokens}
+        )
         mining = MiningConfig.model_validate({"miner": {"kind": "bm25", "num_negatives": 4}})
         data = self.store.produce(PREPARE, section, {}, seed=0)
         negatives = self.store.produce(MINE, mining, {"data": data}, seed=0)
@@ -174,7 +179,7 @@ class Bench:
             "batch_size": self.effort.step_queries,
             "num_negatives": 2,
             "learning_rate": 3e-4,
-            "generation": {"passage_tokens": 64, **strategy.generation},
+            "generation": {"passage_tokens": self.effort.tokens, **strategy.generation},
         }
         return self._trained(phase, {**common, "model": self.warm_up(common, seed)}, seed)
 
@@ -189,7 +194,7 @@ class Bench:
         section = EvalConfig.model_validate({"metrics": [METRIC, "recall_at_100"], "bootstrap_samples": 100, "controls": False})
         if strategy == BM25:
             report = self.store.produce(EVALUATE, section, {"data": common["data"]}, seed=0)
-            return self._row(report, {})
+            return self._row(report, None)
         if strategy == BASE:
             model = common["model"]
         elif strategy == WARM_UP:
@@ -198,25 +203,24 @@ class Bench:
             model = self.strategy(next(one for one in SCREEN if one.name == strategy), common, seed)
         inputs = {"data": common["data"], "model": model}
         inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
-        row = self._row(self.store.produce(EVALUATE, section, inputs, seed=0), self._training(model))
+        row = self._row(self.store.produce(EVALUATE, section, inputs, seed=0), model)
         shutil.rmtree(inputs["embeddings"].path)
         if strategy not in (BASE, WARM_UP):
             shutil.rmtree(model.path)
         return row
 
     @staticmethod
-    def _training(model: ArtifactRef) -> dict[str, Any]:
-        teacher = model.path / "logs" / "teacher.json"
-        found = json.loads(teacher.read_text(encoding="utf-8")) if teacher.is_file() else []
-        shown = {name: round(found[0][name], 3) for name in ("accuracy", "chance", "entropy", "most")} if found else None
-        return {"train_seconds": model.meta.get("train_seconds"), "teacher": shown}
-
-    @staticmethod
-    def _row(report: ArtifactRef, training: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(report: ArtifactRef, model: ArtifactRef | None) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
         rows = pq.read_table(report.path / "per_query.parquet", filters=[("metric", "=", METRIC)]).to_pylist()
-        return {**training, "per_query": {row["query_id"]: row["exact"] for row in rows}}
+        teacher = model.path / "logs" / "teacher.json" if model else None
+        found = json.loads(teacher.read_text(encoding="utf-8")) if teacher and teacher.is_file() else []
+        return {
+            "train_seconds": model.meta.get("train_seconds") if model else None,
+            "teacher": {name: round(found[0][name], 3) for name in ("accuracy", "chance", "entropy", "most")} if found else None,
+            "per_query": {row["query_id"]: row["exact"] for row in rows},
+        }
 
 
 # All runs
@@ -228,30 +232,41 @@ def mean_of(row: Mapping[str, Any], queries: Sequence[str]) -> float:
 
 
 def screen(runs: Runs, bench: Bench) -> dict[str, Any]:
-    """Every strategy once."""
+    """Every strategy once. The best GRL is known when all of its rows are."""
     collection = bench.collections["pydocs"]
     found: dict[str, Any] = {}
+    counted: list[str] = []
     strategies = SCREEN if bench.effort.every_strategy else (CL, ULLME, SCREEN[-1])
     for name in (BM25, BASE, WARM_UP, *(strategy.name for strategy in strategies)):
         row = runs.row("pydocs", name, 0)
-        queries = collection.counted(list(row["per_query"]), screening=True)
-        found[name] = {METRIC: round(mean_of(row, queries), 4), **{key: row[key] for key in row if key != "per_query"}}
-    chosen = max((s.name for s in strategies if s.objective["kind"] == "grl"), key=lambda name: found[name][METRIC])
-    return {"queries": len(queries), "rows": found, "best_grl": chosen}
+        if row is None:
+            found[name] = NOT_RUN
+            continue
+        counted = collection.counted(list(row["per_query"]), screening=True)
+        found[name] = {METRIC: round(mean_of(row, counted), 4), "train_seconds": row["train_seconds"], "teacher": row["teacher"]}
+    ways = [strategy.name for strategy in strategies if strategy.objective["kind"] == "grl"]
+    missing = any(found[name] == NOT_RUN for name in ways)
+    return {
+        "queries": len(counted),
+        "rows": found,
+        "best_grl": None if missing else max(ways, key=lambda name: found[name][METRIC]),
+    }
 
 
 def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: str) -> dict[str, Any]:
     """The compared strategies with every seed: mean, spread over seeds, and how they differ from contrastive learning."""
-    names = list(dict.fromkeys([WARM_UP, CL.name, ULLME.name, SFT.name, DPO.name, chosen]))
-    rows = {name: [runs.row(collection.name, name, seed) for seed in seeds] for name in names}
-    alone = {name: [runs.row(collection.name, name, 0)] for name in (BM25, BASE)}
+    names = list(dict.fromkeys([WARM_UP, CL.name, ULLME.name, chosen, SFT.name, DPO.name]))
+    tried = {name: [runs.row(collection.name, name, 0)] for name in (BM25, BASE)}
+    for seed in seeds:
+        for name in names:
+            tried.setdefault(name, []).append(runs.row(collection.name, name, seed))
+    rows = {name: [row for row in of if row is not None] for name, of in tried.items() if None not in of}
+    if CL.name not in rows:
+        return {"queries": 0, "rows": dict.fromkeys(tried, NOT_RUN)}
     queries = collection.counted(list(rows[CL.name][0]["per_query"]), screening=False)
-    averaged = {
-        name: [statistics.fmean(row["per_query"][query] for row in of) for query in queries]
-        for name, of in {**alone, **rows}.items()
-    }
-    found: dict[str, Any] = {}
-    for name, of in {**alone, **rows}.items():
+    averaged = {name: [statistics.fmean(row["per_query"][query] for row in of) for query in queries] for name, of in rows.items()}
+    found: dict[str, Any] = dict.fromkeys(tried, NOT_RUN)
+    for name, of in rows.items():
         scores = [mean_of(row, queries) for row in of]
         compared = paired_randomisation(averaged[name], averaged[CL.name])
         found[name] = {
@@ -261,7 +276,7 @@ def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: st
             "over_cl": None if name == CL.name else round(compared.difference, 4),
             "interval": None if name == CL.name else [round(compared.low, 4), round(compared.high, 4)],
             "p": None if name == CL.name else round(compared.p, 4),
-            "train_seconds": [row.get("train_seconds") for row in of],
+            "train_seconds": [row["train_seconds"] for row in of],
         }
     return {"queries": len(queries), "rows": found}
 
@@ -270,12 +285,13 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known after each part."""
     result: dict[str, Any] = {"effort": vars(bench.effort), "machine": machine()}
     result["screen"] = screen(runs, bench)
-    yield {**result, "hours": round(runs.spent() / 3600, 2)}
-    result["confirmation"] = {}
-    for name in ("pydocs", "squad_sent"):
-        collection, best = bench.collections.get(name), result["screen"]["best_grl"]
-        result["confirmation"][name] = confirm(runs, bench.effort.seeds, collection, best) if collection else NOT_RUN
-        yield {**result, "hours": round(runs.spent() / 3600, 2)}
+    result["confirmation"] = dict.fromkeys(("pydocs", "squad_sent"), NOT_RUN)
+    yield {**result, "hours": runs.hours}
+    best = result["screen"]["best_grl"]
+    for name in result["confirmation"] if best else ():
+        if name in bench.collections:
+            result["confirmation"][name] = confirm(runs, bench.effort.seeds, bench.collections[name], best)
+            yield {**result, "hours": runs.hours}
 
 
 # For people
@@ -286,7 +302,10 @@ def tables(result: Mapping[str, Any]) -> str:
     rows = result["screen"]["rows"]
     lines = ["| pydocs, seed 0 | nDCG@10 | teacher finds the positive | entropy | training |", "|---|---|---|---|---|"]
     for name, row in rows.items():
-        teacher, seconds = row.get("teacher"), row.get("train_seconds")
+        if row == NOT_RUN:
+            lines.append(f"| {name} | {NOT_RUN} | | | |")
+            continue
+        teacher, seconds = row["teacher"], row["train_seconds"]
         found = f"{teacher['accuracy']:.0%} (chance {teacher['chance']:.0%})" if teacher else ""
         entropy = f"{teacher['entropy']:.2f} of {teacher['most']:.2f}" if teacher else ""
         lines.append(f"| {name} | {row[METRIC]:.3f} | {found} | {entropy} | {f'{seconds:.0f} s' if seconds else ''} |")
@@ -300,6 +319,9 @@ def tables(result: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         for name, row in part["rows"].items():
+            if row == NOT_RUN:
+                lines.append(f"| {name} | {NOT_RUN} | | | | |")
+                continue
             spread = "" if row["spread"] is None else f"{row['spread']:.3f}"
             over = "" if row["over_cl"] is None else f"{row['over_cl']:+.3f}"
             between = "" if row["interval"] is None else f"{row['interval'][0]:+.3f} .. {row['interval'][1]:+.3f}"
@@ -318,6 +340,7 @@ def main() -> None:
     experiment(
         __file__,
         __doc__,
+        effort=lambda arguments: vars(QUICK if arguments.quick else Effort()),
         run=lambda arguments, folder, name: bench(arguments, folder).run(*name),
         everything=lambda arguments, folder, runs: everything(runs, bench(arguments, folder)),
         tables=tables,

@@ -1,15 +1,15 @@
-"""Experiments of many runs: each in a process of its own, kept when it has ended, and never repeated."""
+"""Experiments of many runs: each in a process of its own, kept in a file beside the result when it has ended, never repeated."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,71 @@ from ullme.artifacts import write_atomic
 __all__ = ["Runs", "experiment"]
 
 
-@dataclass(frozen=True)
 class Runs:
-    """folder: where a row per run is kept. script, arguments: what a run is started with, `--one NAME` behind them."""
+    """The runs of an experiment, one JSON line each.
 
-    folder: Path
-    script: str
-    arguments: Sequence[str]
+    file: where they are kept; the first line says under which effort, and the ids of queries stand once, before the first run that
+    has them. start: what starts a run, its name as JSON and a file for its row behind it. until: seconds on the monotonic clock
+    after which none is started.
 
-    def file(self, name: Sequence[Any]) -> Path:
-        """Where the row of a run is kept."""
-        text = "-".join(map(str, name))
-        slug = "".join(character if character.isalnum() or character in ".-" else "_" for character in text)
-        return self.folder / "rows" / f"{slug}.json"
+    Raises:
+        SystemExit: the file holds runs of another effort.
+    """
 
-    def keep(self, name: Sequence[Any], row: Any) -> None:
-        """A run has ended."""
-        file = self.file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(row))
-
-    def row(self, *name: Any) -> Any:
-        """What a run found; it is made now where it is not there."""
-        file = self.file(name)
+    def __init__(self, file: Path, start: Sequence[str], effort: Mapping[str, Any], until: float = float("inf")) -> None:
+        self.file, self._start, self._until = file, start, until
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._queries: dict[str, list[str]] = {}
+        kept = json.loads(json.dumps(effort))
         if not file.is_file():
-            print(f"{time.strftime('%H:%M:%S')} {', '.join(map(str, name))}", flush=True)
-            started = time.monotonic()
-            try:
-                subprocess.run([sys.executable, self.script, *self.arguments, "--one", json.dumps(name)], check=True)
-            finally:
-                seconds = time.monotonic() - started
-                write_atomic(self.folder / "spent.json", json.dumps(round(self.spent() + seconds, 1)))
-            print(f"  {seconds:.0f} s", flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+            self._append({"effort": kept})
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if "effort" in line and line["effort"] != kept:
+                raise SystemExit(f"{file}: expected runs of {kept}, got runs of {line['effort']}; move the file away to begin anew")
+            self._take(line)
 
-    def spent(self) -> float:
-        """Seconds of all runs, also of those that were interrupted."""
-        file = self.folder / "spent.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+    def row(self, *name: Any) -> dict[str, Any] | None:
+        """What a run found; it is made now where it is not there. None where no more runs are to be started."""
+        key = json.dumps(name)
+        if key not in self._rows:
+            if time.monotonic() > self._until:
+                return None
+            self._make(key)
+        row = self._rows[key]
+        return {**row, "per_query": dict(zip(self._queries[row["queries"]], row["scores"], strict=True))}
+
+    @property
+    def hours(self) -> float:
+        """What all runs took, until each was at its end."""
+        return round(sum(row["seconds"] for row in self._rows.values()) / 3600, 2)
+
+    def _make(self, key: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {', '.join(map(str, json.loads(key)))}", flush=True)
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="ullme-run-") as scratch:
+            answer = Path(scratch) / "row.json"
+            subprocess.run([*self._start, "--one", key, "--answer", str(answer)], check=True)
+            row = json.loads(answer.read_text(encoding="utf-8"))
+        seconds = time.monotonic() - started
+        per_query = dict(sorted(row.pop("per_query").items()))
+        queries = hashlib.sha256(json.dumps(list(per_query)).encode()).hexdigest()[:8]
+        if queries not in self._queries:
+            self._append({"queries": queries, "ids": list(per_query)})
+        scores = [round(score, 4) for score in per_query.values()]
+        self._append({"run": json.loads(key), "seconds": round(seconds), **row, "queries": queries, "scores": scores})
+        print(f"  {seconds:.0f} s", flush=True)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "ids" in line:
+            self._queries[line["queries"]] = line["ids"]
+        elif "run" in line:
+            self._rows[json.dumps(line["run"])] = line
 
 
 def write_tables(file: Path, name: str, text: str) -> None:
@@ -75,31 +102,35 @@ def experiment(
     script: str,
     description: str | None,
     *,
+    effort: Callable[[argparse.Namespace], Mapping[str, Any]],
     run: Callable[[argparse.Namespace, Path, Sequence[Any]], Any],
     everything: Callable[[argparse.Namespace, Path, Runs], Iterator[Mapping[str, Any]]],
     tables: Callable[[Mapping[str, Any]], str],
 ) -> None:
     """The command line of an experiment: run what is missing, print, and write JSON and tables after every part.
 
-    run: one run by its name, in a process of its own; everything: what is known so far, part by part.
+    effort: what the runs of one file have in common; run: one run by its name, in a process of its own; everything: what is
+    known so far, part by part.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the collections; what needs them is otherwise left out")
-    parser.add_argument("--work", type=Path, help="folder of what is kept between starts (default: one that is deleted)")
-    parser.add_argument("--json", type=Path, help="write the result to this file, after every part")
+    parser.add_argument("--work", type=Path, help="folder of models and data between starts (default: one that is deleted)")
+    parser.add_argument("--json", type=Path, help="write the result to this file, and beside it, as .runs.jsonl, every run")
     parser.add_argument("--write", type=Path, help="write the tables into this page")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="start no run after so long; start again to go on")
     parser.add_argument("--quick", action="store_true", help="a few queries and steps of a part of it: does it run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.one:
+        arguments.answer.write_text(json.dumps(run(arguments, arguments.work, json.loads(arguments.one))), encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory(prefix="ullme-experiment-") as scratch:
         folder = arguments.work or Path(scratch)
-        again = ["--work", str(folder), *(["--quick"] if arguments.quick else [])]
-        again += ["--data", str(arguments.data)] if arguments.data else []
-        runs = Runs(folder, script, again)
-        if arguments.one:
-            name = json.loads(arguments.one)
-            runs.keep(name, run(arguments, folder, name))
-            return
+        start = [sys.executable, script, "--work", str(folder), *(["--quick"] if arguments.quick else [])]
+        start += ["--data", str(arguments.data)] if arguments.data else []
+        file = arguments.json.with_suffix(".runs.jsonl") if arguments.json else folder / "runs.jsonl"
+        runs = Runs(file, start, effort(arguments), time.monotonic() + 3600 * arguments.hours)
         text = ""
         for result in everything(arguments, folder, runs):
             text = tables(result)

@@ -7,14 +7,16 @@
 Functions of the standard library as passages, their summaries as queries; passages of at most 128 tokens, the same LoRA (rank 16,
 float32, all linear layers), the same dtype (bfloat16 where the machine multiplies it natively, else float32) and the same token
 rows on both sides, sorted by length. Each side at its best attention and tokens per pass. A step is forward and backward passes,
-without the optimizer. Runs alternate, the median counts; peak memory is that of a process of its own, above what it holds when the
+without the optimizer, in processes that keep their memory as those of a run do (`ullme.heap`). Runs alternate, the median counts;
+peak memory is that of a process of its own, above what it holds when the
 model is loaded.
 
     ratio_speed           tokens/s of our contrastive step over CachedMultipleNegativesRankingLoss at its best
                           mini_batch_num_tokens and attention
     ratio_memory          our peak memory over theirs
     ratio_grl_over_cl     seconds of a GRL step (live log p(passage | query), reference included, 4 candidates) over those of a
-                          contrastive step on the same rows with the same budget
+                          contrastive step on the same rows with the same tokens per pass, fewer than the batch has, so that
+                          representations are cached on both sides
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,10 +44,11 @@ from ullme.backbone import native_attention, native_dtype
 from ullme.batches import TokenRow
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.gradcache import TrainBatch, step
+from ullme.heap import HEAP
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.grl import Grl
-from ullme.sampling import GenerationScore
+from ullme.scoring import GenerationScore
 from ullme.training import LoraConfig
 
 PASSAGE_TOKENS = 128
@@ -60,16 +64,16 @@ SCORES: tuple[GenerationScore, ...] = ("pmi", "query_given_passage", "sum")
 class Effort:
     """How much is measured. pairs: queries of the contrastive step; queries: of the GRL step; budgets: tokens per pass tried."""
 
-    pairs: int = 32
-    queries: int = 8
+    pairs: int = 24
+    queries: int = 3
     candidates: int = 4
-    budget: int = 4096
+    budget: int = 512
     budgets: tuple[int, ...] = (1024, 2048, 4096)
     repetitions: int = 5
     every_variant: bool = True
 
 
-QUICK = Effort(4, 1, 4, 1024, (512,), 2, every_variant=False)
+QUICK = Effort(4, 1, 4, 256, (512,), 2, every_variant=False)
 
 
 @dataclass(frozen=True)
@@ -275,12 +279,11 @@ def best_of(make: Callable[[Passes], Callable[[], None]], effort: Effort) -> tup
 
     def seconds(passes: Passes) -> float:
         if passes not in tried:
-            run = make(passes)
-            run()
-            tried[passes] = timed(run)
+            tried[passes] = timed(make(passes))
         return tried[passes]
 
     middle = effort.budgets[len(effort.budgets) // 2]
+    make(Passes(ATTENTIONS[0], middle))()
     attention = min(ATTENTIONS, key=lambda attention: seconds(Passes(attention, middle)))
     best = min((Passes(attention, budget) for budget in effort.budgets), key=seconds)
     return best, {str(passes): round(value, 2) for passes, value in tried.items()}
@@ -392,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--quick", action="store_true", help="small batches and few repetitions")
+    parser.add_argument("--only", choices=["contrastive", "grl"], help="measure this part and keep the other of --json")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", default=SMOLLM2, help="the LLM on a CPU, as `backbone.model` takes it")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -403,8 +407,12 @@ def main() -> None:
     if arguments.child:
         print(child(arguments))
         return
+    if HEAP.items() - os.environ.items():
+        sys.exit(subprocess.run([sys.executable, *sys.argv], env={**os.environ, **HEAP}, check=False).returncode)
     effort = QUICK if arguments.quick else Effort()
     result: dict[str, Any] = {"contrastive": NOT_RUN, "grl": NOT_RUN, "gpu": NOT_RUN}
+    if arguments.only and arguments.json and arguments.json.is_file():
+        result |= {part: of for part, of in json.loads(arguments.json.read_text(encoding="utf-8")).items() if part in result}
     started = time.monotonic()
 
     def say() -> None:
@@ -427,6 +435,8 @@ def main() -> None:
         Encoder(weights.to(DTYPE), tokenizer, config).save(scratch)
         del weights, model
         for name, measure in (("contrastive", contrastive), ("grl", joint)):
+            if arguments.only not in (None, name):
+                continue
             result[name] = measure(Path(scratch), effort)
             say()
 
