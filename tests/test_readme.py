@@ -85,3 +85,17 @@ def test_the_scores_shown_are_those_of_the_kept_run() -> None:
         for value in kept["scores"][system]["retrieval"].values():
             assert f"{value:.3f}" in README
     assert f"{kept['seconds']:.0f} s in all" in README
+
+
+def test_the_costs_of_a_training_step_shown_are_those_that_were_kept() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text(encoding="utf-8"))
+    assert not kept["quick"]
+    step = kept["contrastive"]
+    for who in ("ours", "theirs"):
+        cells = (step["tokens_per_s"][who], step["seconds"][who], f"{step['peak_memory_mb'][who]:,} MiB", step["best"][who])
+        assert f"| {cells[0]} | {cells[1]} | {cells[2]} | {cells[3]} a pass |" in page
+    assert f"{step['ratio_speed']:.2f} times the speed, {step['ratio_memory']:.2f} of the memory" in page
+    seconds = kept["grl"]["seconds"]
+    for name, value in seconds.items():
+        assert f"| {name} | {value} | {value / seconds['contrastive']:.2f} |" in page
