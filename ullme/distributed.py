@@ -123,7 +123,7 @@ def joined() -> bool:
         from torch.distributed.distributed_c10d import get_node_local_rank
 
         _choose_device(get_node_local_rank(0))
-        dist.init_process_group(_backend())  # where the others are, torchrun has left in the environment
+        _meet()  # where the others are, torchrun has left in the environment
     return dist.is_available() and dist.is_initialized()
 
 
@@ -274,7 +274,7 @@ def _work(rank: int, count: int, folder: str, said: Any, function: Callable[...,
         _choose_device(rank)
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, torch.get_num_threads() // count))
-        dist.init_process_group(_backend(), init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
+        _meet(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
         result = function(*arguments)
         if rank == 0:
             said.put(_Said(failed=False, value=result))
@@ -286,10 +286,12 @@ def _work(rank: int, count: int, folder: str, said: Any, function: Callable[...,
             dist.destroy_process_group()
 
 
+def _meet(**where: Any) -> None:
+    """Find the others; nobody goes on, and perhaps ends, while another one still connects."""
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **where)
+    dist.barrier()
+
+
 def _choose_device(rank: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-
-
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"

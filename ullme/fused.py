@@ -46,7 +46,10 @@ def ordered_weights(trunk: nn.Module, *, rows: int) -> Iterator[None]:
     if order is not None and fits and torch.backends.mkldnn.is_available():
         alike: dict[torch.Size, bool] = {}
         for layer in layers:
-            ordered = order(layer.weight.detach(), rows)
+            try:
+                ordered = order(layer.weight.detach(), rows)
+            except RuntimeError:  # a CPU without the instructions that these products need
+                break
             if layer.weight.shape not in alike:
                 alike[layer.weight.shape] = _same(layer, _product(layer, ordered), layer.in_features, {torch.bfloat16})
             if alike[layer.weight.shape]:

@@ -112,14 +112,12 @@ class _FrozenHead(torch.autograd.Function):
             block = slice(start, start + rows)
             logits, wanted = at_least_float32(hidden[block] @ weight.T), targets[block].unsqueeze(1)
             chosen = logits.gather(1, wanted)
-            if gradient is None:
-                found[block] = chosen.squeeze(1) - logits.logsumexp(1)
-                continue
             most = logits.amax(1, keepdim=True)
             total = logits.sub_(most).exp_().sum(1, keepdim=True)
             found[block] = (chosen - most - total.log()).squeeze(1)
-            logits.div_(-total).scatter_add_(1, wanted, torch.ones_like(chosen))
-            gradient[block] = logits.to(weight.dtype) @ weight
+            if gradient is not None:
+                logits.div_(-total).scatter_add_(1, wanted, torch.ones_like(chosen))
+                gradient[block] = logits.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return found
@@ -133,13 +131,14 @@ class _FrozenHead(torch.autograd.Function):
 def token_logprobs(hidden: Float[Tensor, "T D"], head: nn.Module, targets: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
     """log softmax(head(hidden))[targets] per token, without ever holding all T x V logits.
 
-    A frozen linear head, as under LoRA, gives the gradient on the way: two products, nothing computed twice. One that is trained
-    goes through torch's fused linear cross-entropy, where this torch has it; anything else in checkpointed chunks.
+    A linear head that learns nothing here, as under LoRA, gives the gradient on the way: two products, nothing computed twice. One
+    that is trained goes through torch's fused linear cross-entropy, where this torch has it; anything else in checkpointed chunks.
     """
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     plain = weight is not None and bias is None and type(weight) in (Tensor, nn.Parameter) and isinstance(head, nn.Linear)
-    if weight is not None and plain and not weight.requires_grad:
-        return _FrozenHead.apply(hidden, weight, targets, torch.is_grad_enabled() and hidden.requires_grad)  # type: ignore[no-any-return]
+    learning = torch.is_grad_enabled()
+    if weight is not None and plain and not (learning and weight.requires_grad):
+        return _FrozenHead.apply(hidden, weight, targets, learning and hidden.requires_grad)  # type: ignore[no-any-return]
     fused: Callable[..., Tensor] | None = getattr(functional, "linear_cross_entropy", None)
     options: Any = getattr(nn, "LinearCrossEntropyOptions", None)
     if fused is not None and options is not None and plain and len(hidden) >= hidden.shape[1]:

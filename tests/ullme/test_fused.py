@@ -14,6 +14,8 @@ from ullme.tiny import tiny_causal_lm
 from ullme.training import LoraConfig
 
 BF16 = torch.bfloat16
+HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether oneDNN has products in bfloat16 for this CPU (AVX-512 or AVX-NE-CONVERT)."""
 
 
 def replaced(model: nn.Module) -> set[str]:
@@ -39,7 +41,7 @@ def test_hidden_states_stay_the_same(family: str, dtype: torch.dtype) -> None:
 
 def test_which_layers_are_replaced_and_that_they_come_back() -> None:
     assert replaced(tiny_causal_lm("llama")[0]) == {"LlamaRMSNorm"}
-    assert replaced(tiny_causal_lm("llama")[0].to(BF16)) == {"LlamaRMSNorm", "LlamaMLP"}
+    assert replaced(tiny_causal_lm("llama")[0].to(BF16)) == {"LlamaRMSNorm"} | ({"LlamaMLP"} if HAS_BF16 else set())
     gemma = tiny_causal_lm("gemma2")[0].to(BF16)
     assert replaced(gemma) == {"Gemma2RMSNorm"}  # its MLP has another activation
     assert not any("forward" in vars(module) for module in gemma.modules())
@@ -56,11 +58,11 @@ def test_ordered_weights_give_the_same_as_long_as_the_block_lasts() -> None:
 
     wanted = states()
     with ordered_weights(model, rows=100):
-        assert "Linear" in replaced(model)
+        assert ("Linear" in replaced(model)) == HAS_BF16
         found = states()
         with torch.no_grad():
             model.model.layers[0].self_attn.o_proj.weight.zero_()  # a copy is used: this is not seen
-        assert torch.equal(states(), found)
+        assert torch.equal(states(), found) == HAS_BF16
     assert "Linear" not in replaced(model)
     assert float((found - wanted).norm() / wanted.norm()) < 2e-2
     assert not torch.equal(states(), found)

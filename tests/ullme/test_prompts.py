@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,8 @@ def test_training_mining_encoding_and_evaluation_embed_the_very_same_tokens(
     stage = "mine"
     inputs = Inputs(store, {name: refs[name] for name in ("data", "model")})
     data = Dataset.open(refs["data"].path)
-    model_vectors(inputs, data, batch_tokens=500)(MiningContext(data.queries("train"), data.training_documents(), seed=0))
+    model = partial(Encoder.load, refs["model"].path)
+    model_vectors(inputs, data, model, batch_tokens=500)(MiningContext(data.queries("train"), data.training_documents(), seed=0))
     stage = "evaluate"
     system = VectorSystem(Inputs(store, refs), store, None, 500)
     for split in ("train", "test"):
@@ -211,7 +213,9 @@ def test_training_mining_encoding_and_evaluation_embed_the_very_same_tokens(
     }
     assert {name: {text: decode(ids) for text, ids in found.items()} for name, found in seen.items()} == {
         "train": {text: expected[text] for text in seen["train"]},
-        "encode": {document.content: expected[document.content] for document in data.corpus()},
+        "encode": {
+            text: expected[text] for text in (*(document.content for document in data.corpus()), "how to sing", "how to swim")
+        },
         "mine": {text: expected[text] for text in seen["mine"]},
         "evaluate": {text: expected[text] for text in ("how to sing", "how to swim", "how to ski")},
     }
