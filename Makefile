@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+MINUTES ?= inf
 
 .PHONY: quickstart test slow lint install clean
 
@@ -15,7 +16,7 @@ test: install lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network" --durations=20
 
 slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu and not network" --durations=20
+	$(BIN)/python -m pytest -m "slow and not gpu and not network" --minutes $(MINUTES) --durations=20
 
 lint: install
 	$(BIN)/ruff check .

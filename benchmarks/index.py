@@ -29,7 +29,9 @@ from encode import NOT_RUN, SMOLLM2, machine
 
 from indexes._corpus import Corpus
 from indexes._exam import Exam
-from indexes.index import Index, IndexKind, build
+from indexes.build import build
+from indexes.index import Index
+from indexes.kind import IndexKind
 from ullme.artifacts import write_atomic
 from ullme.components import resolve
 from ullme.neighbours import Neighbours
@@ -108,7 +110,7 @@ def exam_of(vectors: np.ndarray, queries: np.ndarray) -> Exam:
     best = np.full((len(asked), 100), -np.inf, dtype=np.float32)
     for block in corpus.blocks():
         best = -np.partition(-np.concatenate([best, asked @ block.T], axis=1), 99, axis=1)[:, :100]
-    return Exam(corpus, asked, -np.sort(-best, axis=1))
+    return Exam(corpus, asked, -np.sort(-best, axis=1), "queries")
 
 
 def ours(spec: dict[str, Any], vectors: np.ndarray, exam: Exam) -> dict[str, Any]:

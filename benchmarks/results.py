@@ -30,7 +30,7 @@ from encode import NOT_RUN, SMOLLM2, machine
 from runs import Runs, experiment
 
 from ullme.artifacts import ArtifactRef, Store
-from ullme.backbone import BACKBONE, BackboneConfig, native_dtype
+from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig
 from ullme.encoding import ENCODE, EncodeConfig
 from ullme.evaluation import EVALUATE, EvalConfig
@@ -56,7 +56,7 @@ class Effort:
     step_queries: int = 12
     tokens: int = 64
     every_strategy: bool = True
-    dtype: str = native_dtype()
+    dtype: str = "float32"  # on every machine, so that the runs of several may stand in one table
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from flows.limits import LimitsConfig
 from flows.mistakes import Location, Schema, dotted, lines, shown
 from flows.promotion import PromotionConfig
 from flows.tracking import TrackingConfig
-from indexes.index import IndexKind
+from indexes.kind import IndexKind
 from ullme.backbone import BackboneConfig
 from ullme.components import Section, component, did_you_mean, resolve
 from ullme.data import DataConfig

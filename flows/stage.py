@@ -23,7 +23,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from indexes.index import Index, IndexKind, build, space
+from indexes.build import build, space
+from indexes.index import Index
+from indexes.kind import IndexKind
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store, write_atomic
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.components import Section, resolve
@@ -41,13 +43,15 @@ __all__ = ["OUT_OF_MEMORY", "STAGES", "Outcome", "Request", "StageRequest", "Wor
 OUT_OF_MEMORY = "OutOfMemory"
 OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
 """What torch (on a CPU and on a GPU) and faiss say in a RuntimeError."""
+EARLIER_INDEXES = 3
 DOCUMENT_BYTES, QUERY_BYTES = 400, 100
 
 
 def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:
-    """Stage: embeddings -> index."""
+    """Stage: embeddings -> index. The store's newest indexes are gone on with where they fit (see `indexes.build`)."""
     draft.restart()
     vectors = open_embeddings(inputs["embeddings"])
+    earlier = [ref.path for ref in inputs.store.finished("index")[:EARLIER_INDEXES]]
     draft.meta |= build(
         section,
         vectors.shards,
@@ -55,6 +59,7 @@ def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:
         fingerprint=vectors.fingerprint,
         seed=draft.seed,
         queries=vectors.queries(),
+        earlier=earlier,
     )
 
 
@@ -99,7 +104,7 @@ STAGES: dict[str, Work] = {
     "synthesise": Work(SYNTHESISE, SyntheticConfig.model_validate),
     "train": Work(TRAIN, TrainConfig.model_validate),
     "encode": Work(ENCODE, EncodeConfig.model_validate, seeded=False),
-    "index": Work(Stage("index", "index", 2, build_index, space), partial(resolve, "indexes")),
+    "index": Work(Stage("index", "index", 3, build_index, space), partial(resolve, "indexes")),
     "evaluate": Work(replace(EVALUATE, run=partial(evaluate, open_index=open_index)), EvalConfig.model_validate),
 }
 

@@ -1,29 +1,35 @@
-"""The vectors to index, walked shard by shard, and the table of their ids; numpy and Arrow, no faiss."""
+"""The vectors to index, walked shard by shard, and those that are kept beside an index; numpy, no faiss."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from indexes._memory import forget
 from ullme.errors import ArtifactError, ContractError
 from ullme.neighbours import MISSING_ROW
 
 __all__ = [
     "BLOCK_ROWS",
+    "DIGEST_BYTES",
+    "GATHERED_BYTES",
     "Corpus",
+    "RowReader",
     "Shards",
-    "read_ids",
+    "VectorFile",
+    "block_rows",
     "read_vectors",
     "rescored",
     "settle",
-    "write_ids",
-    "write_vectors",
 ]
 
-BLOCK_ROWS = 16_384
+BLOCK_ROWS, BLOCK_BYTES = 16_384, 2**24
+DIGEST_BYTES = 16
 GATHERED_BYTES = 2**25  # of candidates that are compared at once
 NORM_TOLERANCE = 0.02  # unit vectors stored as float16 stay within 0.001
 
@@ -34,19 +40,22 @@ Shards = Callable[[], Iterable[tuple[Sequence[str], np.ndarray]]]
 class Corpus:
     """Unit vectors that are checked once and then read in blocks, so that memory does not grow with their number.
 
-    Attributes: ids (all of them, in row order), count, dim.
+    Attributes: ids (all of them, in row order), digests (Bytes16[N] of the vectors as they lie in the shards), count, dim.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, *, frugal: bool = False) -> None:
         """Walk over the shards and check every vector and id.
+
+        frugal: pages of mapped shards are given back block by block.
 
         Raises:
             ContractError: no vectors; not finite, zero or not of unit norm; dims differ; ids repeat or do not match.
         """
-        self._shards = shards
+        self._shards, self._frugal = shards, frugal
         self.ids: list[str] = []
         self.dim = 0
         seen: set[str] = set()
+        digests: list[bytes] = []
         for number, (ids, vectors) in enumerate(shards()):
             if vectors.ndim != 2 or vectors.dtype.kind != "f" or len(vectors) != len(ids):
                 raise ContractError(
@@ -63,30 +72,42 @@ class Corpus:
                     raise ContractError(f"shard {number}: id '{name}' was seen before; ids must be unique, encode the corpus again")
                 seen.add(name)
             self.ids.extend(ids)
-            for start in range(0, len(vectors), BLOCK_ROWS):
-                _check_norms(vectors[start : start + BLOCK_ROWS], ids[start : start + BLOCK_ROWS], number)
+            rows = block_rows(self.dim)
+            for start in range(0, len(vectors), rows):
+                part = np.ascontiguousarray(vectors[start : start + rows])
+                _check_norms(part, ids[start : start + rows], number)
+                digests.extend(hashlib.blake2b(vector, digest_size=DIGEST_BYTES).digest() for vector in part)
+                self._read()
         self.count = len(self.ids)
+        self.digests = np.frombuffer(b"".join(digests), dtype=f"S{DIGEST_BYTES}")
         if not self.count:
             raise ContractError("shards: expected at least one vector, got none; is the corpus empty?")
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Float32[n D] with n = BLOCK_ROWS except in the last, whatever the borders of the shards.
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Float32[n D] with n = block_rows(D) except in the last, whatever the borders of the shards.
+
+        wanted: Bool[N], the rows to read; None = all.
 
         Raises:
             ContractError: this walk saw another number of vectors than the first.
         """
         parts: list[np.ndarray] = []
-        held = total = 0
+        held, total, rows_of_block = 0, 0, block_rows(self.dim)
         for _, vectors in self._shards():
             start = 0
+            if wanted is not None:
+                total, rows = total + len(vectors), np.flatnonzero(wanted[total : total + len(vectors)])
+                vectors = vectors[rows] if len(rows) < len(vectors) else vectors
+            else:
+                total += len(vectors)
             while start < len(vectors):
-                part = np.asarray(vectors[start : start + BLOCK_ROWS - held], dtype=np.float32)
+                part = np.asarray(vectors[start : start + rows_of_block - held], dtype=np.float32)
                 parts.append(part)
                 start, held = start + len(part), held + len(part)
-                if held == BLOCK_ROWS:
+                self._read()
+                if held == rows_of_block:
                     yield np.concatenate(parts)
                     parts, held = [], 0
-            total += len(vectors)
         if parts:
             yield np.concatenate(parts)
         self._check_total(total)
@@ -100,17 +121,30 @@ class Corpus:
         gathered = np.empty((len(rows), self.dim), dtype=np.float32)
         total = done = 0
         for _, vectors in self._shards():
-            inside = rows[done : np.searchsorted(rows, total + len(vectors))]
-            gathered[done : done + len(inside)] = vectors[inside - total]
-            total, done = total + len(vectors), done + len(inside)
+            step = block_rows(self.dim) if self._frugal else max(1, len(vectors))
+            for start in range(0, len(vectors), step):
+                inside = rows[done : np.searchsorted(rows, total + min(start + step, len(vectors)))]
+                gathered[done : done + len(inside)] = vectors[inside - total]
+                done += len(inside)
+                self._read()
+            total += len(vectors)
         self._check_total(total)
         return gathered
+
+    def _read(self) -> None:
+        if self._frugal:
+            forget()
 
     def _check_total(self, total: int) -> None:
         if total != self.count:
             raise ContractError(
                 f"shards: expected {self.count} vectors on every walk, got {total} on a later one; each call must start over"
             )
+
+
+def block_rows(dim: int) -> int:
+    """Vectors that are read, checked and added together: the same for a dim, whatever the machine."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dim)))
 
 
 def _check_norms(vectors: np.ndarray, ids: Sequence[str], number: int) -> None:
@@ -122,49 +156,31 @@ def _check_norms(vectors: np.ndarray, ids: Sequence[str], number: int) -> None:
         raise ContractError(f"shard {number}: the vector of '{ids[bad[0]]}' {fault}; expected unit norm, encode the corpus again")
 
 
-def write_ids(ids: Sequence[str], file: Path) -> None:
-    """Write an Arrow IPC file with the column `id`, in one piece or not at all."""
-    import pyarrow as pa
+class VectorFile:
+    """A `.npy` file [N D] that is written block by block, as plain writes: a mapped one would fill the memory.
 
-    schema = pa.schema([pa.field("id", pa.string(), nullable=False)])
-    partial = file.with_name(file.name + ".partial")
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(ids), BLOCK_ROWS):
-            writer.write_batch(pa.record_batch([pa.array(ids[start : start + BLOCK_ROWS], type=pa.string())], schema=schema))
-    settle(partial, file)
-
-
-def read_ids(file: Path) -> list[str]:
-    """The ids in row order.
-
-    Raises:
-        ArtifactError: not such a file.
+    dtype: float16 or float32.
     """
-    import pyarrow as pa
 
-    try:
-        with pa.memory_map(str(file)) as source:
-            return pa.ipc.open_file(source).read_all().column("id").to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise ArtifactError(f"{file}: not a table of ids ({error}); build the index again") from error
+    def __init__(self, file: Path, shape: tuple[int, int], dtype: type[np.floating]) -> None:
+        self._file, self._dtype = file, dtype
+        self._partial = file.with_name(file.name + ".partial")
+        self._out = self._partial.open("wb")
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._out, header)
 
+    def append(self, block: np.ndarray) -> None:
+        """Add Float[n D]."""
+        self._out.write(np.ascontiguousarray(block, dtype=self._dtype).data)
 
-def write_vectors(corpus: Corpus, file: Path, *, bytes_each: int) -> None:
-    """Write every vector to a `.npy` file [N D], in one piece or not at all. bytes_each: 4 or 2 for each component."""
-    partial = file.with_name(file.name + ".partial")
-    shape = (corpus.count, corpus.dim)
-    table = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32 if bytes_each == 4 else np.float16, shape=shape)
-    start = 0
-    for block in corpus.blocks():
-        table[start : start + len(block)] = block
-        start += len(block)
-        table.flush()
-    del table
-    settle(partial, file)
+    def close(self) -> None:
+        """Give the file its name, in one piece or not at all."""
+        self._out.close()
+        settle(self._partial, self._file)
 
 
 def read_vectors(file: Path) -> np.ndarray:
-    """What `write_vectors` wrote, mapped into memory.
+    """What a `VectorFile` wrote, mapped into memory.
 
     Raises:
         ArtifactError: not such a file.
@@ -175,7 +191,25 @@ def read_vectors(file: Path) -> np.ndarray:
         raise ArtifactError(f"{file}: not a table of vectors ({error}); build the index again") from error
 
 
-def rescored(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+class RowReader:
+    """Rows of a `.npy` file [N D], read one by one: of a mapped file, Linux keeps up to a megabyte around each that is used."""
+
+    def __init__(self, file: Path) -> None:
+        table = np.load(file, mmap_mode="r", allow_pickle=False)
+        self.shape, self._dtype, self._offset = table.shape, table.dtype, table.offset
+        self._file = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Float[*n D]: the rows at Int64[*n]."""
+        wanted, places = np.unique(rows, return_inverse=True)
+        found = np.empty((len(wanted), self.shape[1]), dtype=self._dtype)
+        for row, target in zip(wanted.tolist(), found, strict=True):
+            os.preadv(self._file, [target], self._offset + row * target.nbytes)
+        return found[places.reshape(rows.shape)]
+
+
+def rescored(vectors: np.ndarray | RowReader, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k candidates of each query that are nearest by their own vectors: (Float32[Q k] scores, Int64[Q k] rows).
 
     rows: Int64[Q K] candidates, -1 where there is none.

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from indexes._corpus import Corpus
+from indexes._corpus import GATHERED_BYTES, Corpus
 from ullme.errors import ContractError
 from ullme.neighbours import MISSING_ROW, ExactSearcher, Searcher
 
@@ -74,14 +74,20 @@ class Exam:
     def _recall(self, index: Searcher, cut: int, which: slice) -> np.ndarray:
         """Float[Q]: of each query."""
         queries, best, reach = self.queries[which], self.best[which], min(cut, self.best.shape[1])
-        rows = index.search(queries, reach).rows
-        there = rows != MISSING_ROW
-        wanted = np.unique(rows[there])
-        if not len(wanted):
-            return np.zeros(len(queries))
-        place = np.searchsorted(wanted, np.where(there, rows, wanted[0]))
-        scores = np.einsum("qd,qkd->qk", queries, self.corpus.gather(wanted)[place])
-        return (there & (scores >= best[:, reach - 1 : reach] - TIE)).mean(1)
+        found = index.search(queries, reach).rows
+        at_once = max(1, GATHERED_BYTES // (4 * reach * self.corpus.dim))
+        shares = [np.zeros(0)]
+        for start in range(0, len(queries), at_once):
+            rows = found[start : start + at_once]
+            there = rows != MISSING_ROW
+            wanted = np.unique(rows[there])
+            if not len(wanted):
+                shares.append(np.zeros(len(rows)))
+                continue
+            place = np.searchsorted(wanted, np.where(there, rows, wanted[0]))
+            scores = np.einsum("qd,qkd->qk", queries[start : start + at_once], self.corpus.gather(wanted)[place])
+            shares.append((there & (scores >= best[start : start + at_once, reach - 1 : reach] - TIE)).mean(1))
+        return np.concatenate(shares)
 
     def _milliseconds(self, index: Searcher, size: int) -> list[float]:
         """Of each search for `size` queries at once."""

@@ -14,7 +14,7 @@ from indexes._corpus import settle
 from ullme.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
-    from indexes.index import IndexKind
+    from indexes.kind import IndexKind
 
 __all__ = ["gpu_copy", "last_line", "load_faiss", "read_index", "selecting", "set_parameters", "stored_vectors", "write_index"]
 
@@ -68,12 +68,12 @@ def write_index(faiss: Any, index: Any, file: Path) -> None:
     settle(partial, file)
 
 
-def read_index(faiss: Any, file: Path, beside: int) -> Any:
+def read_index(faiss: Any, file: Path, beside: int, *, mapped: bool = True) -> Any:
     """The index, mapped into memory. No array may be larger than the file: a forged length cannot exhaust the memory."""
     limit = faiss.get_deserialization_vector_byte_limit()
     faiss.set_deserialization_vector_byte_limit(2 * file.stat().st_size + beside + 2**20)
     try:
-        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
         raise ArtifactError(f"{file}: faiss cannot read it ({last_line(error)}); build the index again") from error
     finally:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from indexes.flat import Flat
 from indexes.hnsw import Hnsw
-from indexes.index import IndexKind
 from indexes.ivf import Ivf
 from indexes.ivfpq import IvfPq
+from indexes.kind import IndexKind
 from indexes.rabitq import RaBitQ
 from ullme.errors import ConfigError
 
@@ -25,8 +27,8 @@ class Auto(IndexKind):
     """
 
     kind: str = "auto"
-    max_memory_gb: float = Field(
-        default=8.0, gt=0, description="memory that the index may take while it is searched, in 10^9 bytes"
+    max_memory_gb: float | None = Field(
+        default=8.0, gt=0, description="memory that building and searching may take, in 10^9 bytes; none = whatever there is"
     )
     min_recall: float | None = Field(default=0.95, gt=0, le=1, description="share of the true 10 nearest that a search must find")
 
@@ -36,23 +38,24 @@ class Auto(IndexKind):
         Raises:
             ConfigError: none fits; says what the smallest takes.
         """
-        goal = self.min_recall
-        exhaustive = [Flat(codes=codes, min_recall=goal) for codes in ("fp32", "fp16", "int8")]
-        small = [Ivf(codes="int8", min_recall=goal), RaBitQ(min_recall=goal), IvfPq(min_recall=goal)]
+        limit = float("inf") if self.max_memory_gb is None else self.max_memory_gb * GB
+        common: dict[str, Any] = {name: getattr(self, name) for name in ("min_recall", "max_memory_gb", "max_stale")}
+        exhaustive = [Flat(codes=codes, **common) for codes in ("fp32", "fp16", "int8")]
+        small = [Ivf(codes="int8", **common), RaBitQ(**common), IvfPq(**common)]
         if count < EXHAUSTIVE_BELOW:
             fitting = [*exhaustive, *small]
         elif count < GRAPH_BELOW:
-            fitting = [Hnsw(codes="int8", min_recall=goal), *small]
+            fitting = [Hnsw(codes="int8", **common), *small]
         else:
             fitting = small
         taken = {kind.kind: count * kind.bytes_per_vector(dim) / GB for kind in fitting}
         for kind in fitting:
-            if count * kind.bytes_per_vector(dim) <= self.max_memory_gb * GB:
+            if count * kind.bytes_per_vector(dim) <= limit:
                 return kind
         kind, least = min(taken.items(), key=lambda entry: entry[1])
         raise ConfigError(
             f"index.max_memory_gb: {count:,} vectors of {dim} numbers take at least {least:.3g} GB ({kind}), and the limit is "
-            f"{self.max_memory_gb:g} GB; raise it, or set backbone.dim lower"
+            f"{limit / GB:g} GB; raise it, or set backbone.dim lower"
         )
 
     def factory(self, count: int, dim: int) -> str:

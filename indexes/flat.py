@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from indexes.index import CODE_BYTES, CODE_NAMES, Codes, IndexKind, range_training_points
+from indexes.kind import CODE_BYTES, CODE_NAMES, Codes, IndexKind, range_training_points
 
 __all__ = ["Flat"]
 

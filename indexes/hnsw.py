@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from indexes.index import CODE_BYTES, CODE_NAMES, Codes, IndexKind, range_training_points
+from indexes.kind import CODE_BYTES, CODE_NAMES, Codes, IndexKind, range_training_points
 
 __all__ = ["Hnsw"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from indexes.index import CODE_BYTES, CODE_NAMES, GPU_K_LIMIT, Codes, IndexKind
+from indexes.kind import CODE_BYTES, CODE_NAMES, GPU_K_LIMIT, Codes, IndexKind
 
 __all__ = ["Ivf"]
 
@@ -51,6 +51,11 @@ class Ivf(IndexKind):
     def knob(self) -> str:
         """nprobe."""
         return "nprobe"
+
+    @property
+    def from_disk(self) -> bool:
+        """A search reads the lists nearest to the query."""
+        return True
 
     def search_parameters(self) -> Mapping[str, float]:
         """nprobe."""

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from indexes.index import IndexKind, Refine
 from indexes.ivf import Ivf
+from indexes.kind import IndexKind, Refine
 
 __all__ = ["IvfPq"]
 
@@ -52,6 +52,11 @@ class IvfPq(IndexKind):
     def knob(self) -> str:
         """nprobe."""
         return "nprobe"
+
+    @property
+    def from_disk(self) -> bool:
+        """A search reads the lists nearest to the query."""
+        return True
 
     def search_parameters(self) -> Mapping[str, float]:
         """nprobe."""

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from indexes.index import IndexKind, Refine
 from indexes.ivf import Ivf
 from indexes.ivfpq import FEWEST
+from indexes.kind import IndexKind, Refine
 
 __all__ = ["RaBitQ"]
 
@@ -40,6 +40,11 @@ class RaBitQ(IndexKind):
     def knob(self) -> str:
         """nprobe."""
         return "nprobe"
+
+    @property
+    def from_disk(self) -> bool:
+        """A search reads the lists nearest to the query."""
+        return True
 
     def search_parameters(self) -> Mapping[str, float]:
         """nprobe."""

@@ -182,8 +182,10 @@ def _source_digest(config: BackboneConfig) -> str:
     return f"{spec}@{config.revision}"
 
 
-def fetch(spec: str, revision: str | None = None) -> Path | None:
+def fetch(spec: str, revision: str | None = None, *, what: str = "backbone.model") -> Path | None:
     """The folder that a model lies in, downloaded from the hub where it is not on this machine; None for what is no folder.
+
+    what: whom an error speaks of.
 
     Raises:
         ConfigError: no such folder, or the hub does not answer or does not have it.
@@ -194,20 +196,20 @@ def fetch(spec: str, revision: str | None = None) -> Path | None:
     if path.is_dir():
         return path
     if spec.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"no such model folder: {spec}")
+        raise ConfigError(f"{what}: no such model folder: {spec}")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = [*(f"*{suffix}" for suffix in sorted(MODEL_FILES - {".bin"})), "*/*.safetensors", "*/*.json"]
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise _unreachable(spec, error) from error
+        raise _unreachable(spec, error, what) from error
 
 
-def _unreachable(spec: str, error: Exception) -> ConfigError:
+def _unreachable(spec: str, error: Exception, what: str = "backbone.model") -> ConfigError:
     reason = str(error).strip().splitlines()[0]
     return ConfigError(
-        f"backbone.model: cannot load '{spec}' ({reason}); expected a hub id that is reachable or cached, a folder, "
+        f"{what}: cannot load '{spec}' ({reason}); expected a hub id that is reachable or cached, a folder, "
         "pkg:NAME/FILE or tiny:FAMILY"
     )
 

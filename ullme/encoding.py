@@ -180,9 +180,10 @@ def exam_queries(data: Dataset) -> list[Query]:
 
 
 def space(section: EncodeConfig, inputs: Inputs) -> int:  # noqa: ARG001 - the same signature for every stage
-    """Bytes that the stage writes at most: a vector, an id and a digest per document."""
-    data, model = inputs.ref("data").meta, inputs.ref("model").meta
-    return (int(data.get("searchable", 0)) + EXAM_QUERIES) * (2 * int(model.get("dim", 0)) + ROW_BYTES)
+    """Bytes that the stage writes at most: a vector, an id and a digest per document; vectors of some queries."""
+    data, vector = inputs.ref("data").meta, 2 * int(inputs.ref("model").meta.get("dim", 0))
+    queries = min(EXAM_QUERIES, sum(int(data.get(f"queries_{split}", 0)) for split in ("dev", "train")))
+    return int(data.get("searchable", 0)) * (vector + ROW_BYTES) + queries * vector + ROW_BYTES
 
 
 ENCODE = Stage("encode", "embeddings", 5, encode, space)

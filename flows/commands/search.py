@@ -69,7 +69,7 @@ def search_command(
     if as_json:
         print(json.dumps([hit.model_dump() for hit in hits], indent=1, ensure_ascii=False))
     else:
-        print(f"{version.name} version {version.number} ({alias}), {len(hits)} answers")
+        print(f"{version.name} version {version.number} ({alias}), {len(hits)} {'answer' if len(hits) == 1 else 'answers'}")
         for hit in hits:
             _show(hit)
         took = ", ".join(f"{part} {1000 * seconds:.0f}" for part, seconds in retriever.seconds.items())
@@ -85,22 +85,27 @@ def _reranker(given: str | None) -> Reranker | None:
     """
     from pydantic import ValidationError
 
-    from ullme.components import kinds, resolve
+    from flows.mistakes import Schema, lines
+    from ullme.components import component_class, kinds, resolve
     from ullme.errors import ConfigError
     from ullme.reranking import Reranker
 
     if not given:
         return None
+    if given.lstrip().startswith(("{", "[")):
+        try:
+            spec = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--rerank: expected a kind, a cross-encoder or JSON; it is no JSON ({error.msg})") from error
+        if not isinstance(spec, dict):
+            raise ConfigError(f'--rerank: expected a JSON object such as {{"kind": "generation", "score": "sum"}}, got {given}')
+    else:
+        spec = {"kind": given} if given in kinds("ullme.rerankers") else {"kind": "cross_encoder", "model": given}
     try:
-        spec = json.loads(given) if given.lstrip().startswith("{") else {"kind": given}
-        if spec.get("kind") not in kinds("ullme.rerankers") and not given.lstrip().startswith("{"):
-            spec = {"kind": "cross_encoder", "model": given}
         found = resolve("ullme.rerankers", spec)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--rerank: expected a kind, a cross-encoder or JSON; it is no JSON ({error.msg})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"--rerank: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        schema = Schema(component_class("ullme.rerankers", spec["kind"]), spec)
+        raise ConfigError(lines(error, schema, "--rerank", ())[0].replace("::", ":")) from error
     assert isinstance(found, Reranker)
     return found
 

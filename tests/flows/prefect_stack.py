@@ -19,6 +19,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+PATIENCE = 3
+"""Other tests run beside."""
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 QUICK = {
     "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
@@ -29,8 +31,8 @@ QUICK = {
 
 
 def until(what: Callable[[], Any], *, timeout: float, message: Callable[[], str] = lambda: "it did not come") -> Any:
-    """The first true value of `what`, asked for again and again."""
-    deadline = time.monotonic() + timeout
+    """The first true value of `what`, asked for again and again. timeout: seconds on a machine that does nothing else."""
+    deadline = time.monotonic() + PATIENCE * timeout
     while not (found := what()):
         assert time.monotonic() < deadline, f"after {timeout:.0f} s: {message()}"
         time.sleep(0.2)
@@ -127,7 +129,7 @@ class PrefectStack:
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=PATIENCE * timeout,
             check=False,
             stdin=subprocess.DEVNULL,
         )

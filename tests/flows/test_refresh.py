@@ -9,6 +9,7 @@ import pytest
 from benchmarks.refresh import Bench, Change, write
 from flows.registry import Registry
 from flows.tracking import TrackingConfig
+from ullme.artifacts import Store
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,6 +35,7 @@ def test_of_1500_functions_only_the_25_that_are_new_or_changed_are_encoded(tmp_p
     refreshed = bench.run("refresh")
     assert refreshed["texts_encoded"] == 25
     assert list(refreshed["stages"]) == ["data", "encode tuned", "index", "evaluate tuned", "promote"]
+    assert Store(tmp_path / "store").finished("index")[0].meta["taken_over"] == 1480
     assert refreshed["released"]["champion"], refreshed["released"]["why"]
     before, now = full["released"]["version"], refreshed["released"]["version"]
     assert bench.found(now, change.deleted, before) == {"sought": 5, "held": 0, "found_first": 0}

@@ -66,7 +66,7 @@ def test_three_mistakes_are_three_lines(file: Path) -> None:
         ("training.adapter.targets=3", "--set training.adapter.targets: expected text or a list, got 3"),
         ("training.phases.0.mixture={datasets: {pydoc: {}}}", "F: training.phases.0.mixture.datasets: 'pydoc' is no data set of this run; allowed: pydocs; did you mean 'pydocs'?"),
         ("training.adapter=null", "F: training: phases.0: objective 'grl' compares with the model as it was when the phase began, and every weight is trained; set phases.0.generation.reference: stored, or adapter"),
-        ("index.efsearch=3", "--set index.efsearch: unknown key 'efsearch'; allowed: kind, refine, k_factor, min_recall, m, ef_construction, ef_search, codes; did you mean 'ef_search'?"),
+        ("index.efsearch=3", "--set index.efsearch: unknown key 'efsearch'; allowed: kind, refine, k_factor, min_recall, max_memory_gb, max_stale, m, ef_construction, ef_search, codes; did you mean 'ef_search'?"),
         ("mining.miner={kind: mixed, miners: [{kind: bm25, depht: 3}]}", "--set mining.miner.miners.0.depht: unknown key 'depht'; allowed: kind, num_negatives, depth, skip_top, sampling, lexical; did you mean 'depth'?"),
         ("data.source.truncate=1", "--set data.source.truncate: unknown key 'truncate'"),
         ("trainig.x=1", "--set trainig: unknown key 'trainig'"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from corpora import in_shards, kind_of
 
-from indexes.index import Shards, build
+from indexes.build import build
+from indexes.index import Shards
 
 
 @pytest.fixture

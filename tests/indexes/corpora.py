@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from indexes.index import IndexKind, Shards
+from indexes.index import Shards
+from indexes.kind import IndexKind
 from ullme.components import resolve
 
 

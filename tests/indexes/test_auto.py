@@ -12,7 +12,8 @@ from indexes import _exam
 from indexes._corpus import Corpus
 from indexes._exam import Exam
 from indexes.auto import Auto
-from indexes.index import Index, build
+from indexes.build import build
+from indexes.index import Index
 from ullme.errors import ConfigError
 from ullme.neighbours import ExactSearcher, Neighbours
 

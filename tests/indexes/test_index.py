@@ -11,7 +11,8 @@ import pytest
 from corpora import clustered, in_shards, kind_of, names, unit
 
 from indexes import _corpus
-from indexes.index import Index, build
+from indexes.build import build
+from indexes.index import Index
 from ullme.errors import ArtifactError, ConfigError, ContractError
 from ullme.neighbours import ExactSearcher
 
@@ -152,7 +153,8 @@ def test_a_missing_file_is_refused(path, name, message):
 
 def test_the_vectors_of_refine_are_checked_like_every_file(built, vectors):
     path = built({"kind": "flat", "codes": "int8", "refine": "fp16"}, vectors)
-    assert sorted(file.name for file in path.iterdir()) == ["ids.arrow", "index.faiss", "index.json", "vectors.npy"]
+    names = ["ids.arrow", "index.faiss", "index.json", "trained.faiss", "vectors.npy"]
+    assert sorted(file.name for file in path.iterdir()) == names
     content = bytearray((path / "vectors.npy").read_bytes())
     content[-1] ^= 1
     (path / "vectors.npy").write_bytes(content)
@@ -191,7 +193,7 @@ def test_comparing_once_more_in_parts_gives_the_same(built, vectors, monkeypatch
 
 def test_the_card_of_another_index_is_refused(path, built):
     shutil.copy(built("flat", clustered(200, DIM, seed=3)) / "index.json", path)
-    refuses_to_open(path, "index.faiss is damaged or belongs to another index")
+    refuses_to_open(path, "ids.arrow is damaged or belongs to another index")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"format": 1, "metric": "inner_product", "files": {}}'])
@@ -213,7 +215,7 @@ def test_a_card_of_another_version_is_refused(path, change):
 def test_a_card_that_counts_otherwise_is_refused(path):
     card = json.loads((path / "index.json").read_text())
     (path / "index.json").write_text(json.dumps(card | {"count": 199}))
-    refuses_to_open(path, "says 199 vectors of dim 16, index.faiss holds 200")
+    refuses_to_open(path, "says 199 vectors in 200 rows, its faiss files hold 200 and ids.arrow 200, of which 200 are alive")
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "ids.arrow"])

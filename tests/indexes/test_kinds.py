@@ -10,7 +10,8 @@ import pytest
 from corpora import clustered, in_shards, kind_of, unit
 from pydantic import ValidationError
 
-from indexes.index import Index, build
+from indexes.build import build
+from indexes.index import Index
 from ullme.components import kinds, resolve
 from ullme.errors import ConfigError, ContractError
 from ullme.neighbours import ExactSearcher, Searcher

@@ -383,8 +383,9 @@ def test_every_way_to_the_log_probabilities_gives_the_same_step(way: str, monkey
     _, expected = uncached(encoder, GRL, batch)
     seen = []
     for holder, name in ((torch.nn.functional, "linear_cross_entropy"), (losses._FrozenHead, "apply")):
+        own = getattr(holder, name)
 
-        def noted(*a: Any, plain: Any = getattr(holder, name), name: str = name, **k: Any) -> Any:
+        def noted(*a: Any, plain: Any = own, name: str = name, **k: Any) -> Any:
             seen.extend([name] * torch.is_grad_enabled())
             return plain(*a, **k)
 

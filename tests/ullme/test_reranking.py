@@ -74,7 +74,7 @@ def test_a_cross_encoder_scores_each_pair(cross_encoder: Path) -> None:
 def test_a_cross_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     reranker = resolve("ullme.rerankers", {"kind": "cross_encoder", "model": str(tmp_path / "nowhere")})
     assert isinstance(reranker, Reranker)
-    with pytest.raises(ConfigError, match="cannot be opened") as caught:
+    with pytest.raises(ConfigError, match="cross-encoder: no such model folder") as caught:
         reranker.scores(tiny_encoder(), TEXTS, PASSAGES)
     assert "\n" not in str(caught.value)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ullme.backbone import fetch
 from ullme.errors import ConfigError
 from ullme.reranking import Reranker
 
@@ -51,8 +52,9 @@ class CrossEncoderReranker(Reranker):
 def _opened(model: str, revision: str | None, device: str | None) -> Any:
     from sentence_transformers import CrossEncoder
 
+    folder = fetch(model, revision, what="cross-encoder")
     try:
-        return CrossEncoder(model, revision=revision, device=device)
+        return CrossEncoder(str(folder), device=device)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cross-encoder '{model}' cannot be opened ({reason}); expected a folder or hub id of one") from error
