@@ -205,7 +205,7 @@ class RowReader:
         wanted, places = np.unique(rows, return_inverse=True)
         found = np.empty((len(wanted), self.shape[1]), dtype=self._dtype)
         for row, target in zip(wanted.tolist(), found, strict=True):
-            os.preadv(self._file, [target], self._offset + row * target.nbytes)
+            os.preadv(self._file, [target.data], self._offset + row * target.nbytes)
         return found[places.reshape(rows.shape)]
 
 
