@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -134,8 +133,9 @@ def test_a_commit_is_downloaded_once_and_then_needs_no_network(hub, tmp_path):
 
 
 def test_a_branch_is_looked_up_and_what_it_stands_for_is_said(hub, tmp_path):
-    by_commit, _ = read(tmp_path, address(hub))
-    by_name, said = read(tmp_path, address(hub), revision="main")
+    by_commit, _ = read(tmp_path, address(hub), corpus_files="corpus/*")
+    by_name, said = read(tmp_path, address(hub), corpus_files="corpus/*", revision="main")
+    assert by_name["queries"]
     assert by_name == by_commit
     assert f"'main' may change; it is commit {COMMIT} now" in said
 
@@ -162,9 +162,8 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path):
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://hub.invalid", "offline"])
 @pytest.mark.parametrize("revision", [COMMIT, "main"])
 def test_without_a_network_there_is_one_line_within_seconds(tmp_path, endpoint, revision):
-    started = time.monotonic()
     answer, said = read(tmp_path, endpoint, revision=revision)
-    assert time.monotonic() - started < 10
+    assert answer["seconds"] < 10
     assert answer["code"] == 2
     assert len(answer["error"].splitlines()) == 1
     assert "run once with network access, or copy its files here and use kind: parquet" in answer["error"]
