@@ -145,7 +145,8 @@ def measure(pairs: Pairs, folder: Path, repetitions: int) -> dict[str, Any]:
     """Everything."""
     from sentence_transformers import SentenceTransformer
 
-    base = BackboneConfig.model_validate({"model": MINILM, "dtype": "float32"}).resolved()
+    settings = {"model": MINILM, "dtype": "float32", "max_tokens": 256, "prompts": {"query": ""}}
+    base = BackboneConfig.model_validate(settings).resolved()
     encoder = Encoder.load(Store(folder / "store").produce(BACKBONE, base, {}, seed=0).path, device="cpu")
     peer = SentenceTransformer(str(package_file(MINILM)), device="cpu", model_kwargs={"dtype": "float32"})
 
