@@ -45,21 +45,26 @@ class Segment:
         return self.index.ntotal
 
     def nearest(self, queries: np.ndarray, k: int, k_factor: int, alive: np.ndarray | None) -> Found:
-        """The k nearest rows of each of Float32[Q D]. alive: Bool[n], the rows that may be found; None = all."""
+        """The k nearest rows of each of Float32[Q D]. alive: Bool[n], the rows that may be found; None = all.
+
+        Fewer columns than k where fewer rows are alive.
+        """
         if alive is None or alive.all():
             return self._searched(queries, k, k_factor)
-        dead = len(alive) - int(alive.sum())
-        wide = min(len(self), k + min(dead, k + SPARE))
+        living = int(alive.sum())
+        k, dead = min(k, living), len(alive) - living
+        if not k:
+            return np.empty((len(queries), 0), dtype=np.float32), np.empty((len(queries), 0), dtype=np.int64)
+        wide = k + min(dead, k + SPARE)
         scores, rows = self._searched(queries, wide, k_factor)
         there = rows != MISSING_ROW
         kept = there & alive[rows]
         order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-        short = np.flatnonzero(there.all(1) & (kept.sum(1) < min(k, len(alive) - dead))) if wide < len(self) else ()
+        short = np.flatnonzero(there.all(1) & (kept.sum(1) < k))
         kept, scores, rows = (np.take_along_axis(values, order, axis=1) for values in (kept, scores, rows))
         scores, rows = np.where(kept, scores, -np.inf), np.where(kept, rows, MISSING_ROW)
         if len(short):  # around these, more was deleted than was looked for in excess
-            some = self._searched(queries[short], scores.shape[1], k_factor, np.flatnonzero(alive))
-            scores[short], rows[short] = some
+            scores[short], rows[short] = self._searched(queries[short], k, k_factor, np.flatnonzero(alive))
         return scores, rows
 
     def among(self, queries: np.ndarray, k: int, k_factor: int, rows: np.ndarray) -> Found:

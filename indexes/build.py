@@ -168,7 +168,10 @@ class _Made:
 
 @dataclass
 class _Work:
-    """A build. asked: the kind as configured; kind: what it stands for with so many vectors."""
+    """A build. asked: the kind as configured; kind: what it stands for with so many vectors.
+
+    Attributes: factory, and first_rows, the vectors that it is meant for: of an earlier index, those that this one was built of.
+    """
 
     faiss: Any
     asked: IndexKind
@@ -181,6 +184,7 @@ class _Work:
     def __post_init__(self) -> None:
         count, dim = self.corpus.count, self.corpus.dim
         self.factory = self.kind.factory(count, dim)
+        self.first_rows = count
         expected = self.kind.all_bytes_per_vector(dim)
         log.info(
             "index %s (%s): %s x %d, about %s bytes per vector, %.1f MiB in all",
@@ -191,6 +195,7 @@ class _Work:
     def made(self, basis: _Basis | None) -> _Made:
         """Every segment, those of the earlier index first."""
         if basis is None:
+            self.factory, self.first_rows = self.kind.factory(self.corpus.count, self.corpus.dim), self.corpus.count
             self._learn()
             segments = self._filled(0, self.corpus.count, self.corpus.blocks())
             return _Made(segments, Rows.of(self.corpus.ids, self.corpus.digests), len(segments), None)
@@ -199,6 +204,7 @@ class _Work:
             self.kind.kind, f"{basis.rows:,}", f"{self.corpus.count:,}", basis.path.name, f"{basis.added.sum():,}",
             f"{len(basis.alive) - basis.rows:,}",
         )  # fmt: skip
+        self.factory, self.first_rows = basis.card["factory"], len(basis.alive)
         built = basis.card["built"]["segments"]
         for name in [name for number in range(built) for name in file_names(number)] + [TRAINED_FILE]:
             if name in basis.card["files"]:
@@ -274,7 +280,7 @@ class _Work:
     def _empty(self) -> Any:
         dim = self.corpus.dim
         if (self.out / TRAINED_FILE).is_file():
-            beside = self.kind.reading_bytes(self.corpus.count, dim)
+            beside = self.kind.reading_bytes(self.first_rows, dim)
             index = read_index(self.faiss, self.out / TRAINED_FILE, beside, mapped=False)
         else:
             try:
@@ -306,7 +312,7 @@ class _Work:
                 vectors.close()
             if number + 1 < first + len(counts):
                 write_index(self.faiss, index, name)
-                index = read_index(self.faiss, name, self.kind.reading_bytes(self.corpus.count, self.corpus.dim))
+                index = read_index(self.faiss, name, self.kind.reading_bytes(self.first_rows, self.corpus.dim))
             made.append(Segment(index, None if vectors is None else (RowReader if self.budget.frugal else read_vectors)(beside)))
         return made
 

@@ -202,9 +202,10 @@ def open_segments(
         ArtifactError: one cannot be read, or is not of this index. ConfigError: see `Index.open`.
     """
     faiss, segments = load_faiss(), []
+    beside_file = kind.reading_bytes(card.get("built", card).get("rows", card["count"]), card["dim"])
     for number in range(card["segments"]):
         name, beside = file_names(number)
-        index = read_index(faiss, path / name, kind.reading_bytes(card["count"], card["dim"]))
+        index = read_index(faiss, path / name, beside_file)
         if index.d != card["dim"]:
             raise ArtifactError(
                 f"{path}: {CARD_FILE} says vectors of dim {card['dim']}, {name} holds dim {index.d}; build it again"

@@ -42,14 +42,14 @@ class Reranker(Component):
         """
 
 
-def fused(rankings: Sequence[Sequence[Item]], *, weights: Sequence[float] | None = None) -> list[tuple[Item, float]]:
-    """One ranking of several, best first: the sum over them of weight / (60 + rank), ranks from 1.
+def fused(rankings: Sequence[Sequence[Item]]) -> list[tuple[Item, float]]:
+    """One ranking of several, best first: the sum over them of 1 / (60 + rank), ranks from 1.
 
     Reciprocal-rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009); it needs no scores that can be compared. Ties go to what was
     seen first.
     """
     scores: dict[Item, float] = {}
-    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
+    for ranking in rankings:
         for rank, item in enumerate(ranking, start=1):
-            scores[item] = scores.get(item, 0.0) + weight / (FUSION_CONSTANT + rank)
+            scores[item] = scores.get(item, 0.0) + 1 / (FUSION_CONSTANT + rank)
     return sorted(scores.items(), key=lambda pair: -pair[1])

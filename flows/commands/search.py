@@ -105,7 +105,7 @@ def _reranker(given: str | None) -> Reranker | None:
         found = resolve("ullme.rerankers", spec)
     except ValidationError as error:
         schema = Schema(component_class("ullme.rerankers", spec["kind"]), spec)
-        raise ConfigError(lines(error, schema, "--rerank", ())[0].replace("::", ":")) from error
+        raise ConfigError(lines(error, schema, "--rerank", ())[0]) from error
     assert isinstance(found, Reranker)
     return found
 

@@ -183,6 +183,33 @@ def test_where_everything_near_was_deleted_the_next_are_found(kind, tmp_path):
     assert set(among.rows[0].tolist()) <= set(range(0, 500, 2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_which_next_to_nothing_is_left_gives_what_there_is(kind, cut, tmp_path):
+    """The five files hold 128 documents each, the last 88; of the second three stay, of the third none."""
+    vectors, ids = clustered(600, DIM), names(600)
+    spec = {"kind": kind, "max_stale": 0.9}
+    make(tmp_path / "one", spec, ids, vectors)
+    keep = np.r_[0:128, 130, 180, 250, 384:600]
+    meta = make(tmp_path / "two", spec, [ids[row] for row in keep], vectors[keep], [tmp_path / "one"])
+    assert (meta["taken_over"], meta["segments"]) == (len(keep), 5)
+    index = Index.open(tmp_path / "two")
+    for row in (130, 180, 250, 5, 599):
+        assert index.ids[index.search(vectors[row : row + 1], 1).rows[0, 0]] == ids[row]
+    found = index.search(vectors[120:260], 50).rows
+    assert found.max() < len(keep)
+    assert all(len(set(row) - {MISSING_ROW}) == (np.array(row) != MISSING_ROW).sum() for row in found.tolist())
+
+
+def test_what_later_files_are_read_with_is_what_the_first_was_built_of(tmp_path):
+    """faiss reckons with a table that grows with the lists, of which fewer documents alone would have fewer."""
+    vectors, ids = clustered(8_500, 64), names(8_500)
+    spec = {"kind": "ivfpq", "pieces": 64, "refine": None, "max_stale": 0.5}
+    first = make(tmp_path / "one", spec, ids[:8_000], vectors[:8_000])
+    meta = make(tmp_path / "two", spec, ids[2_000:8_100], vectors[2_000:8_100], [tmp_path / "one"])
+    assert (meta["taken_over"], meta["segments"], meta["factory"]) == (6_000, 2, first["factory"])
+    assert Index.open(tmp_path / "two").count == 6_100
+
+
 def test_a_second_change_replaces_the_segment_of_the_first(tmp_path):
     before, now = changed()
     make(tmp_path / "one", "flat", *before)
