@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,20 +33,21 @@ MOST_BYTES = 200
 WORDS = ("index", "vector", "model", "answer", "question", "language", "river", "stone", "cloud", "garden", "window")
 
 
+def texts_of(count: int) -> Iterator[str]:
+    """`count` texts of one to five words, and a number that no other has."""
+    words = np.random.default_rng(0).integers(len(WORDS), size=(count, 5))
+    return (f"{' '.join(WORDS[word] for word in row[: 1 + number % 5])} {number}" for number, row in enumerate(words))
+
+
 def write_corpus(folder: Path, count: int) -> None:
-    """A data artifact's four files, `count` documents of one to five words and a number in each."""
+    """A data artifact's four files."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    words = np.random.default_rng(0).integers(len(WORDS), size=(count, 5))
-    texts = [f"{' '.join(WORDS[word] for word in row[: 1 + number % 5])} {number}" for number, row in enumerate(words)]
-    documents = {
-        "id": [f"d{number}" for number in range(count)],
-        "text": texts,
-        "title": [""] * count,
-        "searchable": [True] * count,
-    }
-    pq.write_table(pa.table(documents), folder / "documents.parquet", compression="zstd")
+    from ullme.documents import write_documents
+    from ullme.records import Document
+
+    write_documents(folder, (Document(f"d{number}", text) for number, text in enumerate(texts_of(count))))
     for name in ("queries", "qrels", "negatives"):
         pq.write_table(pa.table({"id": pa.array([], pa.string())}), folder / f"{name}.parquet")
 
@@ -61,7 +62,7 @@ def stub() -> Any:
     from ullme.tiny import tiny_causal_lm
 
     class Stub(Encoder):
-        table = torch.nn.functional.normalize(torch.randn(LENGTHS, DIM), dim=-1)
+        table = torch.nn.functional.normalize(torch.randn(LENGTHS, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
 
         @property
         def width(self) -> int:

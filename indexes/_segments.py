@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from indexes._corpus import RowReader, rescored
+from indexes._corpus import rescored
 from indexes._faiss import selecting, stored_vectors
 from indexes._memory import forget
 from indexes.kind import GPU_K_LIMIT
 from ullme.neighbours import MISSING_ROW
+from ullme.vector_file import VectorReader
 
 __all__ = ["Found", "Segment", "file_names", "merged"]
 
@@ -37,7 +38,7 @@ class Segment:
     """
 
     index: Any
-    vectors: np.ndarray | RowReader | None = None
+    vectors: np.ndarray | VectorReader | None = None
     gpu: Any = None
     frugal: bool = False
 

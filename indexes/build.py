@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from indexes._budget import Budget
-from indexes._corpus import Corpus, RowReader, Shards, VectorFile, read_vectors
+from indexes._corpus import Corpus, Shards
 from indexes._exam import Exam
 from indexes._faiss import last_line, load_faiss, read_index, set_parameters, write_index
 from indexes._rows import Rows
@@ -33,6 +33,7 @@ from indexes.kind import CODE_BYTES, IndexKind
 from ullme.artifacts import Inputs, sha256_file, write_atomic
 from ullme.errors import ArtifactError, ContractError
 from ullme.neighbours import MISSING_ROW, Neighbours, Searcher
+from ullme.vector_file import VectorFile, VectorReader, read_vectors
 
 __all__ = ["build", "space"]
 
@@ -313,7 +314,7 @@ class _Work:
             if number + 1 < first + len(counts):
                 write_index(self.faiss, index, name)
                 index = read_index(self.faiss, name, self.kind.reading_bytes(self.first_rows, self.corpus.dim))
-            made.append(Segment(index, None if vectors is None else (RowReader if self.budget.frugal else read_vectors)(beside)))
+            made.append(Segment(index, None if vectors is None else (VectorReader if self.budget.frugal else read_vectors)(beside)))
         return made
 
 

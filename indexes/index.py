@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from indexes._corpus import Shards, read_vectors
+from indexes._corpus import Shards
 from indexes._faiss import gpu_copy, load_faiss, read_index, set_parameters
 from indexes._rows import Rows
 from indexes._segments import Found, Segment, file_names, merged
@@ -29,7 +29,8 @@ from indexes.kind import IndexKind
 from ullme.artifacts import sha256_file
 from ullme.components import resolve
 from ullme.errors import ArtifactError, ConfigError, ContractError
-from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours
+from ullme.neighbours import MISSING_ROW, Neighbours, nearest
+from ullme.vector_file import read_vectors
 
 __all__ = ["CARD_FILE", "FORMAT", "IDS_FILE", "METRIC", "TRAINED_FILE", "Index", "Shards", "open_segments", "read_card"]
 
@@ -185,7 +186,7 @@ class Index:
                     continue
                 near = min(reach, len(inside))
                 if len(only) <= EXACT_AMONG:
-                    best = ExactSearcher(segment.stored(inside), range(len(inside))).search(queries, near)  # type: ignore[arg-type]
+                    best = nearest(queries, segment.stored(inside), near)
                     scores, rows = best.scores, inside[best.rows]
                 else:
                     scores, rows = segment.among(queries, near, k_factor, inside)

@@ -16,7 +16,7 @@ PACKAGES = ("ullme", "indexes", "flows")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = {
     "torch", "transformers", "peft", "faiss", "mteb", "sentence_transformers",
-    "mlflow", "prefect", "matplotlib", "bm25s", "pyarrow",
+    "mlflow", "prefect", "matplotlib", "pyarrow",
 }  # fmt: skip
 ONLY_IN = {
     "prefect": ("flows/",),
@@ -24,7 +24,7 @@ ONLY_IN = {
     "faiss": ("indexes/_faiss.py",),
     "mteb": ("ullme/evaluation.py", "ullme/tasks/"),
 }
-INDEXES_MAY_USE = {"ullme.artifacts", "ullme.components", "ullme.errors", "ullme.neighbours"}
+INDEXES_MAY_USE = {"ullme.artifacts", "ullme.components", "ullme.errors", "ullme.neighbours", "ullme.vector_file"}
 COMPONENT_PACKAGES = ("ullme.sources", "ullme.miners", "ullme.objectives", "ullme.rerankers", "ullme.tasks", "indexes")
 
 

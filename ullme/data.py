@@ -1,6 +1,6 @@
-"""The data stage: a source's records, checked and split, as four parquet files that every later stage reads.
+"""The data stage: a source's records, checked and split, as four tables that every later stage reads.
 
-    documents.parquet   id, text, title, searchable, held_out, parent, section, dataset, metadata (JSON)
+    documents.arrow     id, text, title, parent, section, dataset, metadata (JSON), searchable, held_out (`ullme.documents`)
     queries.parquet     id, text, split (train | dev | test), instruction, dataset
     qrels.parquet       query_id, doc_id, score (> 0)
     negatives.parquet   query_id, doc_id: wrong answers that the source itself gave
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage, digest_of
 from ullme.components import Section, component
+from ullme.documents import Documents, write_documents
 from ullme.errors import ArtifactError, ContractError, DataError
 from ullme.held_out import HeldOut, hold_out
 from ullme.records import SPLITS, Document, Problems, Query, Records, Source, Split, hash_share, normalise
@@ -187,7 +188,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
             logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
 
 
-PREPARE = Stage("data", "data", 4, prepare)
+PREPARE = Stage("data", "data", 5, prepare)
 
 
 def check_records(records: Records) -> None:
@@ -312,12 +313,15 @@ def _documents(documents: list[Document], queries: list[Query], cap: int | None)
 
 
 def counted(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str, int]:
-    """What a data artifact's manifest says of it."""
+    """What a data artifact's manifest says of it. trainable: documents that training may see, about (see `ullme.mining`)."""
+    seen = {doc for query in queries if query.split == "train" for doc in query.positives}
+    judged = {doc for query in queries if query.split != "train" for doc in query.positives} - seen
     contents = Counter(normalise(document.content) for document in documents)
     texts = Counter(normalise(query.text) for query in queries)
     return {
         "documents": len(documents),
         "searchable": sum(document.searchable for document in documents),
+        "trainable": sum(not document.held_out and document.id not in judged for document in documents),
         **{f"queries_{split}": sum(query.split == split for query in queries) for split in SPLITS},
         "qrels": sum(len(query.positives) for query in queries),
         "negatives": sum(len(query.negatives) for query in queries),
@@ -326,7 +330,7 @@ def counted(documents: Sequence[Document], queries: Sequence[Query]) -> dict[str
     }
 
 
-def write_tables(path: Path, documents: Sequence[Document], queries: Sequence[Query], called: str) -> None:
+def write_tables(path: Path, documents: Iterable[Document], queries: Sequence[Query], called: str) -> None:
     """Write a data artifact's tables. called: the data set's name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -334,12 +338,6 @@ def write_tables(path: Path, documents: Sequence[Document], queries: Sequence[Qu
     qrels = [(query.id, doc, grade) for query in queries for doc, grade in query.positives.items()]
     negatives = [(query.id, doc) for query in queries for doc in query.negatives]
     tables: dict[str, dict[str, pa.Array]] = {
-        "documents": {
-            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("id", "text", "title")},
-            **{name: pa.array([getattr(doc, name) for doc in documents], pa.bool_()) for name in ("searchable", "held_out")},
-            **{name: pa.array([getattr(doc, name) for doc in documents], pa.string()) for name in ("parent", "section", "dataset")},
-            "metadata": pa.array([json.dumps(dict(doc.metadata), sort_keys=True) if doc.metadata else "" for doc in documents]),
-        },
         "queries": {
             name: pa.array([getattr(query, name) for query in queries], pa.string())
             for name in ("id", "text", "split", "instruction", "dataset")
@@ -354,13 +352,14 @@ def write_tables(path: Path, documents: Sequence[Document], queries: Sequence[Qu
             "doc_id": pa.array([row[1] for row in negatives], pa.string()),
         },
     }
+    write_documents(path, documents)
     for name, columns in tables.items():
         table = pa.table(columns).replace_schema_metadata({NAME_KEY: called} if name == "queries" else None)
         pq.write_table(table, path / f"{name}.parquet", compression="zstd")
 
 
 class Dataset:
-    """A data artifact, read when asked and kept in memory."""
+    """A data artifact: documents stay on disk, queries are read when first asked for and kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -372,11 +371,12 @@ class Dataset:
         Raises:
             ArtifactError: not a data artifact.
         """
-        found = Path(path)
-        for name in ("documents", "queries", "qrels", "negatives"):
-            if not (found / f"{name}.parquet").is_file():
-                raise ArtifactError(f"{found}: expected a data artifact, but there is no {name}.parquet; run the data stage again")
-        return cls(found)
+        dataset = cls(Path(path))
+        dataset.documents()
+        for name in ("queries", "qrels", "negatives"):
+            if not (dataset.path / f"{name}.parquet").is_file():
+                raise ArtifactError(f"{path}: expected a data artifact, but there is no {name}.parquet; run the data stage again")
+        return dataset
 
     @cached_property
     def name(self) -> str:
@@ -385,49 +385,42 @@ class Dataset:
 
         return (pq.read_schema(self.path / "queries.parquet").metadata or {}).get(NAME_KEY.encode(), b"").decode()
 
-    def documents(self) -> list[Document]:
+    def documents(self) -> Documents:
         """Every document, searchable or not."""
-        return list(self._documents.values())
+        return self._documents
 
-    def corpus(self) -> list[Document]:
+    def corpus(self) -> Documents:
         """The documents that are indexed and evaluated."""
-        return [document for document in self._documents.values() if document.searchable]
+        return self._corpus
 
-    def stream_corpus(self) -> Iterator[Document]:
-        """What `corpus` has (id, text and title), read piece by piece and not kept."""
-        import pyarrow.parquet as pq
-
-        names = ["id", "text", "title", "searchable"]
-        with pq.ParquetFile(self.path / "documents.parquet", buffer_size=2**20) as file:  # without: a whole column at once
-            for batch in file.iter_batches(1024, columns=names):
-                rows = zip(*(column.to_pylist() for column in batch.select(names).columns), strict=True)
-                yield from (Document(*texts) for *texts, searchable in rows if searchable)
-
-    def count_corpus(self) -> int:
-        """Number of documents in `corpus`."""
-        return sum(self._table("documents", ["searchable"]).column("searchable").to_pylist())
-
-    def training_documents(self) -> list[Document]:
+    def training_documents(self) -> Documents:
         """The documents that training may see: where negatives are mined."""
-        return [document for document in self._documents.values() if not document.held_out]
+        return self._documents.where("held_out", equals=False)
 
     def document(self, name: str) -> Document:
-        """The document with this id."""
-        return self._documents[name]
+        """The document with this id. For many, `documents().named(...)` reads them together."""
+        return self._documents[self._places[name]]
 
     def queries(self, split: Split) -> list[Query]:
         """Queries of one split, each with its positives and the source's own negatives."""
         return [query for query in self._queries if query.split == split]
 
-    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+    def _table(self, name: str) -> pa.Table:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / f"{name}.parquet", columns=columns)
+        return pq.read_table(self.path / f"{name}.parquet")
 
     @cached_property
-    def _documents(self) -> dict[str, Document]:
-        rows: list[dict[str, Any]] = self._table("documents").to_pylist()
-        return {row["id"]: Document(**{**row, "metadata": json.loads(row.get("metadata") or "{}")}) for row in rows}
+    def _documents(self) -> Documents:
+        return Documents.open(self.path)
+
+    @cached_property
+    def _corpus(self) -> Documents:
+        return self._documents.where("searchable", equals=True)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, (name,) in enumerate(self._documents.walk("id"))}
 
     @cached_property
     def _queries(self) -> list[Query]:
@@ -452,6 +445,9 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
     """
     data = Dataset.open(data_path)
     mined = _mined(data, negatives_path) if negatives_path is not None else {}
+    used = {name for query in data.queries(split) for name in (*query.positives, *query.negatives)}
+    used |= {name for found, relabelled in mined.values() for name in (*relabelled, *(name for name, _ in found))}
+    texts = {name: document.content for name, document in data.documents().named(used).items()}
     examples = []
     for query in data.queries(split):
         found, relabelled = mined.get(query.id, ((), ()))
@@ -467,9 +463,9 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
                 query_id=query.id,
                 query=query.text,
                 positive_ids=tuple(positives),
-                positives=tuple(data.document(doc).content for doc in positives),
+                positives=tuple(texts[doc] for doc in positives),
                 negative_ids=tuple(scores),
-                negatives=tuple(data.document(doc).content for doc in scores),
+                negatives=tuple(texts[doc] for doc in scores),
                 scores=tuple(known) if known and len(known) == len(scores) else None,
                 instruction=query.instruction,
                 dataset=query.dataset or data.name,
@@ -481,11 +477,10 @@ def read_examples(data_path: Path, negatives_path: Path | None = None, split: Sp
 def read_texts(data_path: Path) -> list[Example]:
     """The documents that training may see, each the query and the positive of itself; one of those that read the same."""
     data = Dataset.open(data_path)
-    found = {normalise(document.content): document for document in reversed(data.training_documents())}
-    return [
-        Example(doc.id, doc.content, (doc.id,), (doc.content,), dataset=doc.dataset or data.name)
-        for doc in reversed(found.values())
-    ]
+    found: dict[str, Document] = {}
+    for document in data.training_documents():
+        found.setdefault(normalise(document.content), document)
+    return [Example(doc.id, doc.content, (doc.id,), (doc.content,), dataset=doc.dataset or data.name) for doc in found.values()]
 
 
 def _mined(data: Dataset, path: Path) -> dict[str, tuple[list[tuple[str, float]], list[str]]]:
@@ -493,7 +488,7 @@ def _mined(data: Dataset, path: Path) -> dict[str, tuple[list[tuple[str, float]]
     import pyarrow.parquet as pq
 
     queries = {query.id for split in SPLITS for query in data.queries(split)}
-    documents = {document.id for document in data.documents()}
+    documents = {name for (name,) in data.documents().walk("id")}
     mined: dict[str, tuple[list[tuple[str, float]], list[str]]] = {}
     for row in pq.read_table(path / "negatives.parquet").to_pylist():
         relabelled = row.get("relabelled") or []

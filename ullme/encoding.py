@@ -111,7 +111,7 @@ class EncodeJob(BaseModel):
     def documents(self) -> Iterator[Document]:
         """The whole corpus, as a stream."""
         if self.corpus.is_dir():
-            return Dataset.open(self.corpus).stream_corpus()
+            return iter(Dataset.open(self.corpus).corpus())
         return TextFile(self.corpus, self.count, self.input).documents()
 
 
@@ -137,7 +137,7 @@ def encode(section: EncodeConfig, inputs: Inputs, draft: Draft) -> None:
     from ullme.workers import encode_job
 
     data = Dataset.open(inputs["data"])
-    count = data.count_corpus()
+    count = len(data.corpus())
     if not count:
         raise DataError("encode: the data set has no searchable document; look at the data stage's counts")
     job = EncodeJob(

@@ -20,7 +20,7 @@ from ullme.reranking import Reranker
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
-    from ullme.rankers import MiningContext
+    from ullme.mining_context import MiningContext
 
 __all__ = ["JudgeConfig", "Judgement", "judge"]
 

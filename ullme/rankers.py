@@ -1,30 +1,25 @@
-"""What a miner works with: the train queries, the pool of candidates, and the teachers that rank one for the other."""
+"""The teachers of mining: what ranks the pool of candidates for the train queries, by words, by vectors, or by both."""
 
 from __future__ import annotations
 
-import logging
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from ullme.artifacts import Inputs
-from ullme.data import Dataset, Document, Query
-from ullme.errors import ConfigError, ContractError
-from ullme.lexical import BM25Searcher, LexicalConfig
-from ullme.neighbours import ExactSearcher, Neighbours, best_places
-from ullme.records import normalise
+from ullme.lexical import BM25Searcher
+from ullme.neighbours import BLOCK_ROWS, MISSING_ROW, Neighbours, nearest
 from ullme.reranking import FUSION_CONSTANT
 
 if TYPE_CHECKING:
-    from ullme.encoder import Encoder
+    from ullme.vector_file import VectorReader
 
-__all__ = ["FusedRanker", "LexicalRanker", "MiningContext", "Ranker", "VectorRanker", "model_vectors"]
+__all__ = ["FusedRanker", "LexicalRanker", "Ranker", "RatedRanker", "VectorRanker"]
 
-logger = logging.getLogger(__name__)
+Rows = Sequence[Sequence[int]]
+"""Of each query some rows of the pool."""
 
 
 class Ranker(Protocol):
@@ -39,184 +34,131 @@ class Ranker(Protocol):
         """The k best pool rows of each query."""
         ...
 
-    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
-        """Float32[len(rows)]: this query's score of these pool rows."""
+    def score(self, queries: Sequence[int], rows: Rows) -> list[np.ndarray]:
+        """Float32[len(rows)] for each query: its score of these pool rows."""
+        ...
+
+
+class RatedRanker(Ranker, Protocol):
+    """One that knows how its scores spread."""
+
+    def moments(self, queries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(Float64[Q], Float64[Q]): mean and standard deviation of each query's scores over the pool."""
         ...
 
 
 @dataclass(frozen=True)
 class LexicalRanker:
-    """BM25 over the pool."""
+    """BM25 over the pool. texts: of the queries."""
 
-    context: MiningContext
+    texts: Sequence[str]
     searcher: BM25Searcher
     name: str = "bm25"
 
     def search(self, queries: Sequence[int], k: int) -> Neighbours:
         """The k best pool rows of each query."""
-        return self.searcher.search([self.context.queries[query].text for query in queries], k)
+        return self.searcher.search([self.texts[query] for query in queries], k)
 
-    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+    def score(self, queries: Sequence[int], rows: Rows) -> list[np.ndarray]:
         """BM25 of these pool rows."""
-        return self.searcher.scores(self.context.queries[query].text)[list(rows)] if rows else np.empty(0, np.float32)
+        empty = np.empty(0, np.float32)
+        return [
+            self.searcher.scores(self.texts[query])[np.asarray(of)] if len(of) else empty
+            for query, of in zip(queries, rows, strict=True)
+        ]
+
+    def moments(self, queries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation over the pool."""
+        means, deviations = np.empty(len(queries)), np.empty(len(queries))
+        for place, query in enumerate(queries):
+            scores = self.searcher.scores(self.texts[query])
+            means[place], deviations[place] = scores.mean(dtype=np.float64), scores.std(dtype=np.float64)
+        return means, deviations
 
 
 @dataclass(frozen=True)
 class VectorRanker:
-    """Exact inner product. queries: Float32[Q D]; documents: Float[N D]."""
+    """Exact inner product. queries: Float32[Q D]; documents: Float[N D], in memory or in a file. device: where it multiplies."""
 
     queries: np.ndarray
-    documents: np.ndarray
+    documents: np.ndarray | VectorReader
     name: str = "model"
+    device: str = "cpu"
 
     def search(self, queries: Sequence[int], k: int) -> Neighbours:
         """The k best pool rows of each query."""
-        searcher = ExactSearcher(self.documents, range(len(self.documents)))  # type: ignore[arg-type]
-        return searcher.search(self.queries[list(queries)], k)
+        return nearest(self.queries[list(queries)], self.documents, k, device=self.device)
 
-    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+    def score(self, queries: Sequence[int], rows: Rows) -> list[np.ndarray]:
         """Inner product with these pool rows."""
-        return self.documents[list(rows)].astype(np.float32) @ self.queries[query]
+        return [
+            self.documents[np.asarray(of, dtype=np.int64)].astype(np.float32) @ self.queries[query]
+            for query, of in zip(queries, rows, strict=True)
+        ]
+
+    def moments(self, queries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation over the pool, from the documents' own first and second moments."""
+        mean, second = self._of_documents
+        asked = self.queries[list(queries)].astype(np.float64)
+        means = asked @ mean
+        squares = np.einsum("qd,de,qe->q", asked, second, asked, optimize=True)
+        return means, np.sqrt(np.maximum(squares - means**2, 0))
+
+    @cached_property
+    def _of_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        count, dim = len(self.documents), self.queries.shape[1]
+        mean, second = np.zeros(dim), np.zeros((dim, dim))
+        for start in range(0, count, BLOCK_ROWS):
+            block = np.asarray(self.documents[start : start + BLOCK_ROWS], dtype=np.float32)
+            mean += block.sum(0, dtype=np.float64) / count
+            second += (block.T @ block) / count
+        return mean, second
 
 
 @dataclass(frozen=True)
 class FusedRanker:
-    """Several rankings of a pool of `size` documents as one.
+    """Several rankings as one.
 
     by: `ranks`, 1 / (60 + rank) summed (reciprocal-rank fusion), or `scores`, their mean as standard deviations over the pool.
+    depth: of each ranking, so many are put together; by ranks, what is in none of them scores 0.
     """
 
-    rankers: Sequence[Ranker]
-    size: int
+    rankers: Sequence[RatedRanker]
     by: Literal["ranks", "scores"]
+    depth: int
     name: str = "fused"
 
     def search(self, queries: Sequence[int], k: int) -> Neighbours:
-        """The k best pool rows of each query."""
-        scores = np.stack([self.score(query, range(self.size)) for query in queries])
-        places = best_places(scores, min(k, self.size))
-        return Neighbours(places, np.take_along_axis(scores, places, axis=1))
+        """The k best pool rows of each query, of those that one of the rankings has among its `depth` best."""
+        rankings = self._rankings(queries)
+        candidates = [list(dict.fromkeys(row for ranking in of for row in ranking)) for of in zip(*rankings, strict=True)]
+        rows = np.full((len(queries), k), MISSING_ROW, dtype=np.int64)
+        scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        for number, (of, found) in enumerate(zip(candidates, self._fused(queries, candidates, rankings), strict=True)):
+            best = np.lexsort((of, -found))[:k]
+            rows[number, : len(best)], scores[number, : len(best)] = np.array(of, dtype=np.int64)[best], found[best]
+        return Neighbours(rows, scores)
 
-    def score(self, query: int, rows: Sequence[int]) -> np.ndarray:
+    def score(self, queries: Sequence[int], rows: Rows) -> list[np.ndarray]:
         """The fused score of these pool rows."""
-        parts = []
-        for ranker in self.rankers:
-            scores = ranker.score(query, range(self.size)).astype(np.float64)
-            if self.by == "scores":
-                parts.append((scores - scores.mean()) / max(float(scores.std()), 1e-9) / len(self.rankers))
-            else:
-                ascending = np.sort(scores)
-                above = len(scores) - np.searchsorted(ascending, scores, side="right")
-                parts.append(1 / (FUSION_CONSTANT + 1 + above))
-        return np.sum(parts, axis=0)[list(rows)].astype(np.float32)
+        return self._fused(queries, rows, self._rankings(queries) if self.by == "ranks" else [])
 
+    def _rankings(self, queries: Sequence[int]) -> list[list[list[int]]]:
+        """Of each ranker, of each query: its best rows, best first."""
+        found = [ranker.search(queries, self.depth).rows for ranker in self.rankers]
+        return [[[row for row in of if row != MISSING_ROW] for of in rows.tolist()] for rows in found]
 
-@dataclass(frozen=True)
-class MiningContext:
-    """What a miner sees: the train queries, the pool of candidates, and the teachers (made when first asked for).
-
-    vectors: makes the model's vectors, or None when the stage was given no model.
-    """
-
-    queries: Sequence[Query]
-    documents: Sequence[Document]
-    seed: int
-    vectors: Callable[[MiningContext], VectorRanker] | None = None
-    _lexical: dict[LexicalConfig, LexicalRanker] = field(default_factory=dict)
-
-    def bm25(self, config: LexicalConfig) -> LexicalRanker:
-        """BM25 over the pool."""
-        if config not in self._lexical:
-            searcher = BM25Searcher([doc.content for doc in self.documents], [doc.id for doc in self.documents], config)
-            self._lexical[config] = LexicalRanker(self, searcher)
-        return self._lexical[config]
-
-    @cached_property
-    def model(self) -> VectorRanker:
-        """Exact search with the vectors of the model that the stage was given.
-
-        Raises:
-            ConfigError: it was given none.
-        """
-        if self.vectors is None:
-            raise ConfigError(
-                "mining.miner: this kind needs a model's vectors, and the stage was given no model; mine with kind: bm25"
-            )
-        return self.vectors(self)
-
-    @cached_property
-    def keys(self) -> list[int]:
-        """One number per pool row: equal where the texts read the same (case, punctuation and spacing aside)."""
-        return [hash(normalise(document.content)) for document in self.documents]
-
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        """Pool row of a document id."""
-        return {document.id: row for row, document in enumerate(self.documents)}
-
-    @cached_property
-    def _rows_of_key(self) -> dict[int, list[int]]:
-        rows: dict[int, list[int]] = {}
-        for row, key in enumerate(self.keys):
-            rows.setdefault(key, []).append(row)
-        return rows
-
-    def positive_rows(self, query: int) -> list[int]:
-        """Pool rows of the query's positives."""
-        return [self.row_of[doc] for doc in self.queries[query].positives if doc in self.row_of]
-
-    def forbidden_rows(self, query: int) -> set[int]:
-        """Pool rows that must not become negatives: the positives, and whatever reads the same as one."""
-        return {row for positive in self.positive_rows(query) for row in self._rows_of_key[self.keys[positive]]}
-
-    def random(self, query: int) -> np.random.Generator:
-        """A generator that depends on the seed and the query's id, not on its position."""
-        return np.random.default_rng([self.seed, zlib.crc32(self.queries[query].id.encode())])
-
-
-def model_vectors(
-    inputs: Inputs, data: Dataset, encoder: Callable[[], Encoder], *, batch_tokens: int
-) -> Callable[[MiningContext], VectorRanker]:
-    """Encodes train queries and pool with what `encoder` opens, when first called; what `embeddings` holds is taken from there.
-
-    Raises, when called:
-        ContractError: the embeddings are of another model.
-    """
-
-    def vectors(context: MiningContext) -> VectorRanker:
-        from ullme.encoding import open_embeddings
-
-        model = encoder()
-        documents = np.zeros((len(context.documents), model.dim), dtype=np.float16)
-        missing = dict(context.row_of)
-        if "embeddings" in inputs:
-            stored = open_embeddings(inputs["embeddings"])
-            if stored.fingerprint != inputs.ref("model").digest:
-                raise ContractError(
-                    f"mine: the embeddings were made by model {stored.fingerprint[:12]}, the model given is "
-                    f"{inputs.ref('model').digest[:12]}; encode the corpus with it first"
-                )
-            for ids, block in stored.shards():
-                here = [(position, missing.pop(name)) for position, name in enumerate(ids) if name in missing]
-                if here:
-                    positions, rows = (list(part) for part in zip(*here, strict=True))
-                    documents[rows] = block[positions]
-        if missing:
-            logger.info("mine: encoding %d documents of the pool", len(missing))
-            here = [data.document(name) for name in missing]
-            documents[list(missing.values())] = model.encode(
-                [document.content for document in here],
-                prompt="document",
-                dataset=[document.dataset or data.name for document in here],
-                batch_tokens=batch_tokens,
-            )
-        queries = model.encode(
-            [query.text for query in context.queries],
-            prompt="query",
-            dataset=[query.dataset or data.name for query in context.queries],
-            instructions=[query.instruction for query in context.queries],
-            batch_tokens=batch_tokens,
-        )
-        return VectorRanker(queries, documents)
-
-    return vectors
+    def _fused(self, queries: Sequence[int], rows: Rows, rankings: Sequence[Sequence[Sequence[int]]]) -> list[np.ndarray]:
+        if self.by == "scores":
+            parts = []
+            for ranker in self.rankers:
+                means, deviations = ranker.moments(queries)
+                scores = ranker.score(queries, rows)
+                spans = np.maximum(deviations, 1e-9)
+                parts.append([(of - mean) / span for of, mean, span in zip(scores, means, spans, strict=True)])
+            return [np.mean(of, axis=0).astype(np.float32) for of in zip(*parts, strict=True)]
+        fused = []
+        for of, ranked in zip(rows, zip(*rankings, strict=True), strict=True):
+            places = [{row: 1 / (FUSION_CONSTANT + rank) for rank, row in enumerate(ranking, start=1)} for ranking in ranked]
+            fused.append(np.array([sum(found.get(row, 0.0) for found in places) for row in of], dtype=np.float32))
+        return fused

@@ -23,6 +23,7 @@ import numpy as np
 from ullme.artifacts import sha256_file, write_atomic
 from ullme.errors import ArtifactError
 from ullme.records import Document
+from ullme.vector_file import VectorReader
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -187,6 +188,25 @@ class Embeddings:
     def block(self, number: int) -> np.ndarray:
         """The vectors of one shard, memory-mapped float16 [n D]."""
         return np.load(self.path / f"{shard_name(number)}.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self.count, self.dim
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Float16[n D]: the vectors at Int64[n] or of a range, read from where they lie; nothing stays in memory."""
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        starts = np.cumsum([0, *(int(sidecar["rows"]) for sidecar in self.sidecars)])
+        of = np.searchsorted(starts, rows, side="right") - 1
+        found = np.empty((len(rows), self.dim), dtype=np.float16)
+        for number in np.unique(of).tolist():
+            here = np.flatnonzero(of == number)
+            found[here] = VectorReader(self.path / f"{shard_name(number)}.npy")[rows[here] - starts[number]]
+        return found
 
     def queries(self) -> np.ndarray | None:
         """Float32[Q D] of some of the data set's queries, by the same model; None where it had none."""

@@ -125,15 +125,14 @@ class _Writer:
     """The LLM, asked for queries and rating them."""
 
     def __init__(self, section: SyntheticConfig, encoder: Encoder, data: Dataset, seed: int, *, before: Sequence[str]) -> None:
-        from ullme.lexical import BM25Searcher, LexicalConfig
+        from ullme.lexical import BM25Searcher
 
         self._section, self._encoder, self._seed = section, encoder, seed
         self._known = {normalise(query.text) for split in SPLITS for query in data.queries(split)} | set(map(normalise, before))
-        self._documents = {document.id: document for document in data.training_documents()}
+        self._data, self._pool = data, data.training_documents()
         self._search: BM25Searcher | None = None
         if section.rivals:
-            texts = [document.content for document in self._documents.values()]
-            self._search = BM25Searcher(texts, list(self._documents), LexicalConfig())
+            self._search = BM25Searcher(document.content for document in self._pool)
 
     def batches(self, documents: Sequence[Document], done: int) -> Iterator[Sequence[Document]]:
         """Those that are still to do; a batch is written down whole, so all attempts cut them alike."""
@@ -187,12 +186,12 @@ class _Writer:
         found = self._search.search([row["query"] for row in rows], self._section.rivals + 1)
         candidates, pairs = [], []
         for row, places in zip(rows, found.rows, strict=True):
-            near = [self._search.ids[place] for place in places if place >= 0]
+            near = [self._pool[place].id for place in places.tolist() if place >= 0]
             names = [row["document"], *[name for name in near if name != row["document"]][: self._section.rivals]]
             asked = tokenizer(row["query"], add_special_tokens=False)["input_ids"]
             candidates.append(names)
             for name in names:
-                given = tokenizer(f"{self._cut(self._documents[name])}\n")["input_ids"]
+                given = tokenizer(f"{self._cut(self._data.document(name))}\n")["input_ids"]
                 pairs.append(TokenRow([*given, *asked], len(given)))
         means = [0.0] * len(pairs)
         with torch.inference_mode():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ullme.artifacts import ArtifactRef, Inputs, Store, digest_of
 from ullme.data import Dataset, Query
+from ullme.documents import Documents
 from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError
 from ullme.lexical import BM25Searcher, LexicalConfig
@@ -64,13 +64,14 @@ class System(Protocol):
 class LexicalSearcher:
     """BM25 of the queries' texts."""
 
-    def __init__(self, searcher: BM25Searcher) -> None:
-        self._searcher = searcher
+    def __init__(self, corpus: Documents, config: LexicalConfig) -> None:
+        self._ids = corpus.ids()
+        self._searcher = BM25Searcher((document.content for document in corpus), config)
 
     @property
     def ids(self) -> Sequence[str]:
         """Document ids in row order."""
-        return self._searcher.ids
+        return self._ids
 
     def search(self, queries: Sequence[Query], k: int) -> Neighbours:
         """The k best documents of each query."""
@@ -89,13 +90,12 @@ class LexicalSystem:
     @property
     def fingerprint(self) -> str:
         """Digest of the settings: the method itself has no weights."""
-        return digest_of(["bm25", version("bm25s"), self.config.identity()])
+        return digest_of(["bm25", "lucene", self.config.identity()])
 
     def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """`exact` only."""
         corpus = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data")).corpus()
-        searcher = BM25Searcher([doc.content for doc in corpus], [doc.id for doc in corpus], self.config)
-        return {"exact": LexicalSearcher(searcher)}
+        return {"exact": LexicalSearcher(corpus, self.config)}
 
 
 class EncodedSearcher:
@@ -199,15 +199,14 @@ class VectorSystem:
                 f"evaluate: the embeddings were made by model {stored.fingerprint[:12]}, the model given is "
                 f"{self.fingerprint[:12]}; encode the corpus with it first"
             )
-        vectors = np.concatenate([block for _, block in stored.shards()])
         data = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data"))
-        found: dict[str, QuerySearcher] = {"exact": EncodedSearcher(self, ExactSearcher(vectors, stored.ids), data.name)}
+        found: dict[str, QuerySearcher] = {
+            "exact": EncodedSearcher(self, ExactSearcher(stored, stored.ids, device=str(self.encoder.device)), data.name)
+        }
         if other is None and "index" in self.inputs:
             if self.open_index is None:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
             found["index"] = EncodedSearcher(self, self.open_index(self.inputs["index"], self.fingerprint), data.name)
         if self.lexical is not None:
-            corpus = data.corpus()
-            words = BM25Searcher([document.content for document in corpus], [document.id for document in corpus], self.lexical)
-            found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), LexicalSearcher(words))
+            found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), LexicalSearcher(data.corpus(), self.lexical))
         return found

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 ULLME = [str(Path(sys.executable).parent / "ullme"), "run"]
 FILES = {
-    "data": "documents.parquet",
+    "data": "documents.arrow",
     "backbone": "model.safetensors",
     "mine": "negatives.parquet",
     "train": "adapter/adapter_model.safetensors",

@@ -45,11 +45,6 @@ def write(section: Words, inputs: Inputs, draft: Draft) -> None:
 WRITE = Stage("write", "words", 1, write)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def made(store: Store, text: str = "hello", **refs: ArtifactRef) -> ArtifactRef:
     return store.produce(WRITE, Words(text=text), refs, seed=0)
 

@@ -37,11 +37,6 @@ def pairs(path: Path, texts: Sequence[str]) -> dict:
     return {"kind": "jsonl", "path": str(lines(path, *({"query": text, "pos": f"answer to {text}"} for text in texts)))}
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 BEIR = {"kind": "beir", "path": str(FIXTURES / "beir")}
 
 
@@ -259,7 +254,7 @@ def test_held_out_documents_are_kept_from_training(store):
 
 
 def test_opening_something_else_is_an_error(tmp_path):
-    with pytest.raises(ArtifactError, match=r"expected a data artifact, but there is no documents\.parquet"):
+    with pytest.raises(ArtifactError, match=r"expected a data artifact, but there is no documents\.arrow"):
         Dataset.open(tmp_path)
 
 

@@ -204,7 +204,7 @@ def test_a_vector_that_is_not_finite_names_its_document(store: Store, refs: dict
 def test_an_empty_corpus_is_refused(
     store: Store, refs: dict[str, ArtifactRef], draft: Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Dataset, "count_corpus", lambda self: 0)
+    monkeypatch.setattr(Dataset, "corpus", lambda self: [])
     with pytest.raises(DataError, match="no searchable document"):
         run(store, refs, draft)
 

@@ -178,12 +178,12 @@ def test_a_hybrid_search_is_the_fusion_of_both_rankings(store: Store, refs: dict
     ref = report(store, refs, hybrid=True, metrics=["mrr_at_10"])
     stored, corpus = open_embeddings(refs["embeddings"].path), Dataset.open(refs["data"].path).corpus()
     encoder = Encoder.load(refs["model"].path)
-    words = BM25Searcher([document.content for document in corpus], [document.id for document in corpus])
+    words = BM25Searcher(document.content for document in corpus)
     found, expected = per_query(ref, "hybrid"), {}
     for query in Dataset.open(refs["data"].path).queries("test"):
         scores = stored.vectors() @ encoder.encode([query.text], prompt="query")[0]
         dense = [stored.ids[row] for row in np.argsort(-scores, kind="stable")]
-        lexical = [words.ids[row] for row in words.search([query.text], 10).rows[0] if row >= 0]
+        lexical = [corpus[row].id for row in words.search([query.text], 10).rows[0] if row >= 0]
         ranked = [name for name, _ in fused([dense, lexical])]
         expected["mrr_at_10", query.id] = max(1 / (1 + ranked.index(name)) for name in query.positives)
     assert found == pytest.approx(expected)

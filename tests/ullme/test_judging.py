@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from small_runs import QRELS, beir_data, tiny_model, write_beir
+from small_runs import QRELS, tiny_model
 from test_mining import mined, report_of, rows_of
 
 from ullme.artifacts import ArtifactRef, Store
@@ -21,8 +20,8 @@ from ullme.encoder import Encoder
 from ullme.errors import ConfigError
 from ullme.judging import JudgeConfig, judge
 from ullme.mining import MiningConfig
+from ullme.mining_context import MiningContext
 from ullme.mining_page import page
-from ullme.rankers import MiningContext
 from ullme.reranking import Reranker
 
 
@@ -69,16 +68,6 @@ def test_a_judge_no_better_than_chance_is_said(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         judge(JudgeConfig(reranker=Shared()), CONTEXT, CHOSEN, None)
     assert "finds the positive no better than chance" in caplog.text
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def dates(store: Store, tmp_path: Path) -> ArtifactRef:
-    return beir_data(store, write_beir(tmp_path / "beir"))
 
 
 JUDGED = {"reranker": {"kind": "generation", "passage_tokens": 24}, "suspects": "relabel"}

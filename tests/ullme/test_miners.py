@@ -11,8 +11,10 @@ import pytest
 from ullme.components import kinds, resolve
 from ullme.data import Document, Query
 from ullme.errors import ConfigError, ContractError
+from ullme.lexical import LexicalConfig
 from ullme.mining import Miner, RankingMiner
-from ullme.rankers import MiningContext, VectorRanker
+from ullme.mining_context import MiningContext
+from ullme.rankers import FusedRanker, VectorRanker
 from ullme.records import normalise
 
 KINDS = kinds("ullme.miners")
@@ -167,7 +169,7 @@ def test_perc_pos_stays_below_its_share_of_the_lowest_positive(ratio: float) -> 
     miner = miner_of("perc_pos", num_negatives=60, depth=60, max_ratio=ratio)
     naive = miner_of("topk", num_negatives=60, depth=60).select(context, untaken(context)).chosen
     for query, chosen in enumerate(miner.select(context, untaken(context)).chosen):
-        lowest = min(context.model.score(query, context.positive_rows(query)))
+        lowest = min(context.model.score([query], [context.positive_rows(query)])[0])
         assert chosen == [entry for entry in naive[query] if entry[1] < ratio * lowest]
 
 
@@ -195,7 +197,7 @@ def test_margin_pos_stays_a_margin_below_the_lowest_positive(margin: float) -> N
     miner = miner_of("margin_pos", num_negatives=60, depth=60, margin=margin)
     naive = miner_of("topk", num_negatives=60, depth=60).select(context, untaken(context)).chosen
     for query, chosen in enumerate(miner.select(context, untaken(context)).chosen):
-        lowest = min(context.model.score(query, context.positive_rows(query)))
+        lowest = min(context.model.score([query], [context.positive_rows(query)])[0])
         assert chosen == [entry for entry in naive[query] if entry[1] < lowest - margin]
 
 
@@ -203,7 +205,7 @@ def test_margin_pos_takes_positives_that_score_below_zero() -> None:
     context = context_of(shift=1.2)
     chosen = miner_of("margin_pos", num_negatives=60, depth=60).select(context, untaken(context)).chosen
     naive = miner_of("topk", num_negatives=60, depth=60).select(context, untaken(context)).chosen
-    lowest = [min(context.model.score(query, context.positive_rows(query))) for query in range(15)]
+    lowest = [min(context.model.score([query], [context.positive_rows(query)])[0]) for query in range(15)]
     assert any(value < 0 for value in lowest)
     assert chosen == [[row for row in rows if row[1] < value - 0.05] for rows, value in zip(naive, lowest, strict=True)]
 
@@ -248,3 +250,42 @@ def test_mixed_of_mixed_works_and_no_miner_at_all_is_refused() -> None:
     assert nested.select(context, untaken(context)).chosen == miner_of("bm25").select(context, untaken(context)).chosen
     with pytest.raises(ValueError, match="at least 1 item"):
         miner_of("mixed", miners=[])
+
+
+# Two rankings as one
+
+
+def spread(scores: np.ndarray) -> np.ndarray:
+    return (scores - scores.mean()) / scores.std()
+
+
+@pytest.mark.parametrize("by", ["ranks", "scores"])
+def test_fused_rankings_follow_their_definitions(by: Any) -> None:
+    """Written plainly over the whole pool, which is as deep as the rankings are looked at."""
+    context = context_of()
+    size, queries = len(context.documents), range(len(context.queries))
+    words, vectors = context.bm25(LexicalConfig()), context.model
+    fused = FusedRanker([words, vectors], by, depth=size)
+    found = fused.search(queries, size)
+    for query in (query for query in queries if query % 3):  # the others lie halfway between two documents: a tie
+        lexical = words.searcher.scores(context.queries[query].text).astype(np.float64)
+        dense = (vectors.documents[:] @ vectors.queries[query]).astype(np.float64)
+        if by == "scores":
+            expected = (spread(lexical) + spread(dense)) / 2
+        else:
+            expected = np.zeros(size)
+            for scores, ranked in ((lexical, lexical > 0), (dense, np.ones(size, bool))):
+                order = [row for row in np.argsort(-scores, kind="stable") if ranked[row]]
+                expected[order] += 1 / (60 + 1 + np.arange(len(order)))
+        np.testing.assert_allclose(fused.score([query], [range(size)])[0], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.scores[query], -np.sort(-expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["ranks", "scores"])
+def test_what_is_deep_in_both_rankings_is_not_looked_at(by: Any) -> None:
+    context = context_of()
+    fused = FusedRanker([context.bm25(LexicalConfig()), context.model], by, depth=5)
+    found = fused.search([3], 20)
+    near = {row for ranker in fused.rankers for row in ranker.search([3], 20).rows[0].tolist()}
+    assert set(found.rows[0].tolist()) <= near | {-1}
+    assert fused.search([3], 3).rows.tolist() == found.rows[:, :3].tolist()

@@ -11,21 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from small_runs import DOCUMENTS, QRELS, QUERIES, beir_data, encoded, tiny_model, write_beir
 
+from benchmarks.mine_memory import MOST_SHARE, measure
+from ullme import mining_context
 from ullme.artifacts import ArtifactRef, Store
-from ullme.data import PREPARE, DataConfig, Dataset, read_examples
+from ullme.components import kinds
+from ullme.data import PREPARE, DataConfig, Dataset, Document, read_examples
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, ContractError, DataError
 from ullme.mining import MINE, MiningConfig
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def dates(store: Store, tmp_path: Path) -> ArtifactRef:
-    return beir_data(store, write_beir(tmp_path / "beir"))
+from ullme.shards import Shard, open_embeddings, shard_name
 
 
 def mined(store: Store, refs: dict[str, ArtifactRef], *, seed: int = 0, **fields: Any) -> ArtifactRef:
@@ -209,3 +203,80 @@ def test_the_seed_changes_random_sampling_only(store: Store, tmp_path: Path) -> 
 def test_the_section_knows_whether_it_needs_a_model() -> None:
     assert not MiningConfig().miner.needs_model
     assert MiningConfig.model_validate({"miner": "topk"}).miner.needs_model
+
+
+# A pool that lies on the disk
+
+
+@pytest.mark.parametrize("kind", kinds("ullme.miners"))
+def test_every_kind_takes_what_the_source_gave(kind: str, store: Store, tmp_path: Path) -> None:
+    words = ["red", "green", "blue", "black", "white", "grey", "brown", "pink"]
+    pairs = [{"query": f"the {word} one", "pos": [f"one that is {word}"], "neg": [f"a {word} thing"]} for word in words]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    config = DataConfig.model_validate({"source": {"kind": "jsonl", "path": str(file)}, "dev_share": 0, "test_share": 0})
+    refs = {"data": store.produce(PREPARE, config.resolved(), {}, seed=0), "model": tiny_model(store)}
+    fields: dict[str, Any] = {
+        "mixed": {"miners": [{"kind": "bm25", "num_negatives": 2}, {"kind": "random", "num_negatives": 1}]},
+        "rank_window": {"skip_top": 1, "depth": 9, "num_negatives": 3},
+        "margin_pos": {"margin": 0.0},
+    }
+    negatives = mined(store, refs, miner={"kind": kind, **fields.get(kind, {})})
+    report = report_of(negatives)["negatives"]
+    assert report["from_source"] == len(words)
+    assert report["mined"] > 0
+    texts = {document.id: document.content for document in Dataset.open(refs["data"].path).documents()}
+    assert {texts[names[0]] for names in rows_of(negatives).values()} == {f"a {word} thing" for word in words}
+
+
+@pytest.mark.parametrize("torn", [0, 3])
+def test_an_interrupted_run_does_not_encode_again_what_it_has(
+    torn: int, store: Store, dates: ArtifactRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(store)
+    refs = {"data": dates, "model": model}
+    monkeypatch.setattr(mining_context, "ENCODED_AT_ONCE", 2)
+    other = Store(tmp_path / "other")
+    expected = rows_of(mined(other, refs, miner={"kind": "topk"}))
+    encode, asked = Encoder.encode, []
+
+    def killed(self: Encoder, texts: Any, **options: Any) -> np.ndarray:
+        if len(asked) == torn:
+            raise KeyboardInterrupt
+        asked.append((options["prompt"], list(texts)))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Encoder, "encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mined(store, refs, miner={"kind": "topk"})
+    first = list(asked)
+    torn = -1
+    again = mined(store, refs, miner={"kind": "topk"})
+    assert rows_of(again) == expected
+    texts = [text for _, some in asked for text in some]
+    assert len(texts) == len(set(texts)) == 7 + 3  # the pool and the queries, each once in both attempts together
+    assert asked[: len(first)] == first
+
+
+def test_vectors_are_found_whatever_their_order(tmp_path: Path) -> None:
+    documents = [Document(f"d{number}", "") for number in range(300)]
+    stored = np.random.default_rng(0).permutation(400)[:250]
+    vectors = np.arange(250, dtype=np.float16)[:, None] * np.ones((1, 4), np.float16)
+    for number, part in enumerate(np.array_split(np.arange(250), 3)):
+        shard = Shard.of([Document(f"d{stored[row]}", "") for row in part], 4)
+        shard.vectors[:] = vectors[part]
+        common = {"fingerprint": "m", "dim": 4, "prompt": "", "input": "", "shards": 3, "rows": len(part)}
+        shard.write(tmp_path, shard_name(number), common)
+    found = open_embeddings(tmp_path)
+    at = mining_context.stored_rows(documents, found)
+    expected = {int(name): row for row, name in enumerate(stored)}
+    assert at.tolist() == [expected.get(number, -1) for number in range(300)]
+    there = np.flatnonzero(at >= 0)
+    np.testing.assert_array_equal(found[at[there]][:, 0], at[there].astype(np.float16))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_pool() -> None:
+    result = measure((10_000, 60_000))
+    assert result["cached"]["share_of_vectors"] <= MOST_SHARE
+    assert result["scratch"]["share_of_vectors"] <= MOST_SHARE

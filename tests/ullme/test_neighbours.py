@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ullme import neighbours
 from ullme.errors import ContractError
-from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours, best_places
+from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours, best_places, nearest
 
 
 @pytest.mark.parametrize("values", [2, 5, 1000])
@@ -28,6 +29,28 @@ def test_exact_search_equals_a_sort_whatever_the_blocks(block: int, k: int) -> N
     np.testing.assert_array_equal(found.rows[:, :100], order)
     np.testing.assert_array_equal(found.scores[:, :100], np.take_along_axis(scores, order, axis=1))
     assert (found.rows[:, 100:] == MISSING_ROW).all()
+
+
+def test_torch_finds_the_same_but_for_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "DEVICE_BLOCK_ROWS", 30)
+    monkeypatch.setattr(neighbours, "DEVICE_QUERIES", 4)
+    random = np.random.default_rng(0)
+    vectors, queries = (random.normal(size=(count, 6)).astype(np.float16) for count in (100, 9))
+    for k in (1, 10, 130):
+        found, plain = nearest(queries, vectors, k, device="cpu:0"), nearest(queries.astype(np.float32), vectors, k)
+        np.testing.assert_array_equal(found.rows, plain.rows)
+        np.testing.assert_allclose(found.scores, plain.scores, rtol=1e-6)
+
+
+@pytest.mark.gpu
+def test_the_gpu_finds_what_the_cpu_finds_but_for_ties() -> None:
+    random = np.random.default_rng(0)
+    vectors, queries = (random.normal(size=(count, 64)).astype(np.float16) for count in (200_000, 300))
+    found, plain = nearest(queries, vectors, 100, device="cuda"), nearest(queries.astype(np.float32), vectors, 100)
+    np.testing.assert_allclose(found.scores, plain.scores, rtol=1e-4)
+    differ = found.rows != plain.rows
+    assert differ.mean() < 0.001
+    np.testing.assert_allclose(found.scores[differ], plain.scores[differ], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

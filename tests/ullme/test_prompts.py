@@ -19,8 +19,8 @@ from ullme.data import PREPARE, DataConfig, Dataset, read_examples
 from ullme.encoder import Encoder, EncoderConfig
 from ullme.encoding import ENCODE, EncodeConfig
 from ullme.errors import ConfigError, ContractError
+from ullme.mining_context import MiningContext, encoded_vectors
 from ullme.prompts import DatasetPrompts, PromptConfig, Prompts
-from ullme.rankers import MiningContext, model_vectors
 from ullme.sampling import Sampler
 from ullme.systems import VectorSystem
 from ullme.tiny import byte_tokenizer, tiny_causal_lm
@@ -198,7 +198,8 @@ def test_training_mining_encoding_and_evaluation_embed_the_very_same_tokens(
     inputs = Inputs(store, {name: refs[name] for name in ("data", "model")})
     data = Dataset.open(refs["data"].path)
     model = partial(Encoder.load, refs["model"].path)
-    model_vectors(inputs, data, model, batch_tokens=500)(MiningContext(data.queries("train"), data.training_documents(), seed=0))
+    context = MiningContext(data.queries("train"), data.training_documents(), seed=0)
+    encoded_vectors(inputs, data.name, model, batch_tokens=500)(context)
     stage = "evaluate"
     system = VectorSystem(Inputs(store, refs), store, None, 500)
     for split in ("train", "test"):

@@ -33,7 +33,6 @@ HEAVY = {
     "mlflow",
     "prefect",
     "pyarrow",
-    "bm25s",
 }
 
 

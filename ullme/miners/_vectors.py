@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ullme.mining import RankingMiner
-from ullme.rankers import MiningContext, Ranker
+from ullme.mining_context import MiningContext
+from ullme.rankers import Ranker
 
 __all__ = ["VectorMiner"]
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 from ullme.lexical import LexicalConfig
 from ullme.mining import RankingMiner
-from ullme.rankers import FusedRanker, MiningContext, Ranker
+from ullme.mining_context import MiningContext
+from ullme.rankers import FusedRanker, Ranker
+from ullme.reranking import FUSED_DEPTH
 
 __all__ = ["FusedMiner"]
 
@@ -25,7 +27,7 @@ class FusedMiner(RankingMiner):
 
     def ranker(self, context: MiningContext) -> Ranker:
         """Both."""
-        return FusedRanker([context.bm25(self.lexical), context.model], len(context.documents), self.by)
+        return FusedRanker([context.bm25(self.lexical), context.model], self.by, max(FUSED_DEPTH, 2 * self.depth))
 
     def rankers(self, context: MiningContext) -> list[Ranker]:
         """The two together, and each."""

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from ullme.components import component
 from ullme.mining import Miner, Selection
-from ullme.rankers import MiningContext, Ranker
+from ullme.mining_context import MiningContext
+from ullme.rankers import Ranker
 
 __all__ = ["MixedMiner"]
 
@@ -47,5 +48,5 @@ class MixedMiner(Miner):
             passed_over.update(selection.passed_over)
             for query, rows in enumerate(selection.chosen):
                 chosen[query] += rows
-                used[query].update(context.keys[row] for row, _ in rows)
+                used[query].update(int(context.keys[row]) for row, _ in rows)
         return Selection(chosen, passed_over)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ullme.mining import Miner, Selection
-from ullme.rankers import MiningContext, Ranker
+from ullme.mining_context import MiningContext
+from ullme.rankers import Ranker
 
 __all__ = ["RandomMiner"]
 
@@ -32,13 +33,13 @@ class RandomMiner(Miner):
         """Walk through the pool in an order of each query's own."""
         chosen: list[list[tuple[int, float]]] = []
         for query, used in enumerate(taken):
-            seen = used | {context.keys[row] for row in context.forbidden_rows(query)}
+            seen = used | {int(context.keys[row]) for row in context.forbidden_rows(query)}
             rows: list[tuple[int, float]] = []
             for row in context.random(query).permutation(len(context.documents)).tolist():
                 if len(rows) == self.num_negatives:
                     break
-                if context.keys[row] not in seen:
-                    seen.add(context.keys[row])
+                if (key := int(context.keys[row])) not in seen:
+                    seen.add(key)
                     rows.append((row, 0.0))
             chosen.append(rows)
         return Selection(chosen, Counter())

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from ullme.lexical import LexicalConfig
 from ullme.mining import RankingMiner
-from ullme.rankers import MiningContext, Ranker
+from ullme.mining_context import MiningContext
+from ullme.rankers import Ranker
 
 __all__ = ["RankWindowMiner"]
 

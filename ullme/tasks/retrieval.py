@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import model_validator
 
 from ullme.artifacts import digest_of
-from ullme.data import PREPARE, DataConfig, Dataset, Document, Query
+from ullme.data import PREPARE, DataConfig, Dataset, Query
+from ullme.documents import Documents
 from ullme.errors import ContractError, DataError
 from ullme.evaluation import Evaluation, Measured, Task
 from ullme.neighbours import MISSING_ROW
@@ -93,7 +94,7 @@ class RetrievalTask(Task):
         per_query: dict[str, dict[str, np.ndarray]] = {}
         runs: dict[str, Run] = {}
         for through, searcher in evaluation.system.searchers(other).items():
-            if len(searcher.ids) != len(corpus) or set(searcher.ids) != {document.id for document in corpus}:
+            if len(searcher.ids) != len(corpus) or set(searcher.ids) != set(corpus.ids()):
                 raise ContractError(
                     f"evaluate {self.label}: expected the {len(corpus)} searchable documents of the data ({through}), got "
                     f"{len(searcher.ids)} others; encode and index this data first"
@@ -126,9 +127,9 @@ class RetrievalTask(Task):
         )
 
 
-def _judged(queries: Sequence[Query], corpus: Sequence[Document], label: str) -> tuple[list[Query], dict[str, dict[str, int]]]:
+def _judged(queries: Sequence[Query], corpus: Documents, label: str) -> tuple[list[Query], dict[str, dict[str, int]]]:
     """The queries that have an answer in the corpus, and their judgements there."""
-    ids = {document.id for document in corpus}
+    ids = set(corpus.ids())
     qrels = {query.id: {doc: grade for doc, grade in query.positives.items() if doc in ids} for query in queries}
     kept = [query for query in queries if qrels[query.id]]
     if not kept:
@@ -201,7 +202,7 @@ def _model_meta(evaluation: Evaluation) -> ModelMeta:
 
 def _mteb_task(
     name: str,
-    corpus: Sequence[Document],
+    corpus: Documents,
     queries: Sequence[Query],
     qrels: dict[str, dict[str, int]],
     *,
