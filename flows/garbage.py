@@ -22,6 +22,7 @@ from flows.runs import PastRun
 from flows.stage import STAGES
 from ullme.artifacts import ArtifactRef, Store, read_manifest, sync
 from ullme.errors import ArtifactError
+from ullme.words import WORDS
 
 __all__ = [
     "KINDS",
@@ -38,7 +39,7 @@ __all__ = [
     "survey",
 ]
 
-KINDS = sorted({work.stage.kind for work in STAGES.values()})
+KINDS = sorted({work.stage.kind for work in STAGES.values()} | {WORDS.kind})
 """The folders of a store that hold artifacts."""
 MANIFEST = "manifest.json"
 DELETED = ".deleted"
@@ -110,6 +111,12 @@ class Needed:
             why = f"run of {time.strftime('%Y-%m-%d %H:%M', time.gmtime(run.started))}"
             self._keep(run.artifacts, why, embeddings=True)
 
+    def reason(self, name: str) -> str | None:
+        """Why an artifact is kept, or None; the words of a corpus are kept with it."""
+        if name.startswith(f"{WORDS.kind}/"):
+            return next((self.why[str(source)] for source in self._inputs(name) if str(source) in self.why), None)
+        return self.why.get(name)
+
     def _keep(self, names: Sequence[str], why: str, *, embeddings: bool) -> None:
         """Keep artifacts and what they were made from; embeddings: also those."""
         waiting, seen = list(names), set()
@@ -151,7 +158,7 @@ def survey(store: Store, needed: Needed, *, work_days: float) -> Survey:
                 garbage.append(_entry(path, "set aside as damaged"))
             elif not (path / MANIFEST).is_file():
                 garbage.append(_entry(path, "its deletion was interrupted"))
-            elif why := needed.why.get(f"{kind}/{path.name}"):
+            elif why := needed.reason(f"{kind}/{path.name}"):
                 kept.append(_entry(path, why))
             else:
                 garbage.append(_entry(path, "nothing needs it"))

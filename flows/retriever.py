@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,20 +97,21 @@ class Hit(BaseModel):
 class Retriever:
     """Texts in, documents out. Opens nothing that is damaged, nor a model and an index that do not belong together."""
 
-    def __init__(self, encoder: Encoder, index: Index, dataset: Dataset) -> None:
-        """Use `Retriever.open`."""
-        self.encoder, self.index, self._dataset = encoder, index, dataset
+    def __init__(self, encoder: Encoder, index: Index, dataset: Dataset, words: Callable[[], BM25Searcher]) -> None:
+        """Use `Retriever.open`. words: opens BM25 over the data set's corpus."""
+        self.encoder, self.index, self._dataset, self._open_words = encoder, index, dataset, words
         self.seconds: dict[str, float] = {}
-        documents = dataset.documents()
-        places = documents.places(set(index.ids))
+        corpus = dataset.corpus()
+        places = corpus.places(set(index.ids))
         missing = next((name for name in index.ids if name not in places), None)
         if missing is not None:
             raise ContractError(
                 f"the index holds '{missing}', which is not a document of {dataset.path}: it was built from other data; "
                 "encode and build again"
             )
-        self._rows = documents.take([places[name] for name in index.ids])
-        self._in_passages = any(parent for (parent,) in documents.walk("parent"))
+        self._places = np.array([places[name] for name in index.ids], dtype=np.int64)  # of the index's rows in the corpus
+        self._rows = corpus.take(self._places)
+        self._in_passages = any(parent for (parent,) in corpus.walk("parent"))
 
     @classmethod
     def open(cls, release: Release, *, device: str = "auto") -> Retriever:
@@ -123,6 +124,7 @@ class Retriever:
         from indexes.index import Index
         from ullme.data import Dataset
         from ullme.encoder import Encoder
+        from ullme.words import words_of
 
         paths = {}
         for kind in ("index", "data", "model"):
@@ -134,7 +136,8 @@ class Retriever:
             raise ContractError(
                 f"the model gives vectors of dim {encoder.dim}, the index holds dim {index.dim}: they do not belong together"
             )
-        return cls(encoder, index, Dataset.open(paths["data"]))
+        store = Store(release.data.path.parent.parent)
+        return cls(encoder, index, Dataset.open(paths["data"]), lambda: words_of(store, release.data))
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Float32[Q D] of query texts, unit norm."""
@@ -183,11 +186,23 @@ class Retriever:
         return [self._hits(ranking)[:k] for ranking in rankings]
 
     @cached_property
-    def _lexical(self) -> BM25Searcher:
-        """BM25 over the same rows, made when it is first asked for."""
-        from ullme.lexical import BM25Searcher
+    def _words(self) -> BM25Searcher:
+        """BM25 over the corpus, opened when it is first asked for."""
+        return self._open_words()
 
-        return BM25Searcher(document.content for document in self._rows)
+    @cached_property
+    def _index_rows(self) -> np.ndarray:
+        """Int64[M]: the index's row of each row of the corpus; -1 = none."""
+        rows = np.full(self._words.count, MISSING_ROW, dtype=np.int64)
+        rows[self._places] = np.arange(len(self._places))
+        return rows
+
+    def _lexical(self, texts: Sequence[str], k: int, among: np.ndarray | None) -> list[list[int]]:
+        """The best rows of the index for each text by BM25, best first."""
+        if among is not None or len(self._places) < self._words.count:
+            among = np.sort(self._places if among is None else self._places[among])
+        found = self._words.search(texts, k, among=among).rows
+        return [self._index_rows[of[of != MISSING_ROW]].tolist() for of in found]
 
     def _allowed(self, where: Mapping[str, Any] | Sequence[str] | Filter | None) -> np.ndarray | None:
         """Int64[n]: the rows that a filter leaves; None = all."""
@@ -213,11 +228,8 @@ class Retriever:
         """(row, fused score): passages that the model or BM25 ranks high."""
         depth = max(FUSED_DEPTH, 2 * k)
         dense = self._nearest(vectors, depth, among)
-        words = self._lexical.search(texts, depth, among=among).rows.tolist()
-        return [
-            fused([[row for row, _ in ranking], [row for row in rows if row != MISSING_ROW]])
-            for ranking, rows in zip(dense, words, strict=True)
-        ]
+        words = self._lexical(texts, depth, among)
+        return [fused([[row for row, _ in ranking], rows]) for ranking, rows in zip(dense, words, strict=True)]
 
     def _reranked(
         self, rerank: Reranker, texts: Sequence[str], rankings: Sequence[Sequence[tuple[int, float]]]

@@ -7,6 +7,7 @@ Identifiers are split into their words, and ties have one order on every machine
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import weakref
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from ullme.artifacts import write_atomic
 from ullme.components import Section
-from ullme.errors import ContractError
+from ullme.errors import ArtifactError, ContractError
 from ullme.neighbours import MISSING_ROW, Neighbours
 
 __all__ = ["BM25Searcher", "LexicalConfig", "tokenise"]
@@ -30,7 +32,7 @@ __all__ = ["BM25Searcher", "LexicalConfig", "tokenise"]
 POSTING = np.dtype([("word", "<u8"), ("row", "<i4"), ("count", "<i4")])
 SCORED = np.dtype([("row", "<i4"), ("score", "<f4")])
 SEGMENT_POSTINGS, RANGES = 2**17, 256
-POSTINGS, FILES = "postings.bin", ("words.u64", "ends.i64", "scored.bin")
+POSTINGS, FILES, COUNT_FILE = "postings.bin", ("words.u64", "ends.i64", "scored.bin"), "texts.json"
 WORD = re.compile(r"[^\W_]+")
 # HTTPServer -> HTTP Server; parseDate -> parse Date; utf8 -> utf 8
 CASE_OR_DIGIT = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -111,6 +113,24 @@ class BM25Searcher:
             return rarity * counts / (counts + k1 * (1 - b + b * words[rows] / mean))
 
         self._words, self._starts, self._scored = postings.finish(scored)
+        if folder is not None:
+            write_atomic(folder / COUNT_FILE, json.dumps({"texts": self.count}))
+
+    @classmethod
+    def open(cls, folder: Path, config: LexicalConfig | None = None) -> BM25Searcher:
+        """What was made in a folder, with the same settings; it is not read into memory.
+
+        Raises:
+            ArtifactError: something of it is missing or damaged.
+        """
+        searcher = cls.__new__(cls)
+        try:
+            searcher._config = config or LexicalConfig()
+            searcher.count = int(json.loads((folder / COUNT_FILE).read_text(encoding="utf-8"))["texts"])
+            searcher._words, searcher._starts, searcher._scored = _opened(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{folder}: not the words of a corpus ({error}); delete the folder, it is made again") from error
+        return searcher
 
     def scores(self, text: str) -> np.ndarray:
         """Float32[N]: the score of every document; 0 where no word is shared."""
@@ -196,10 +216,7 @@ class _Postings:
             words, ends, best = (np.concatenate(column) for column in columns)
             return words, np.concatenate([[0], ends]), best
         (self._folder / POSTINGS).unlink()
-        words, ends = (
-            np.fromfile(self._folder / name, dtype) for name, dtype in zip(FILES[:2], (np.uint64, np.int64), strict=True)
-        )
-        return words, np.concatenate([[0], ends]), _Scores(self._folder / FILES[2])
+        return _opened(self._folder)
 
     def _range(self, number: int) -> np.ndarray:
         """All postings of one range, by word; of a word by row."""
@@ -229,6 +246,14 @@ class _Postings:
             self._ranges.append(self._written + starts)
             self._written += len(segment)
         self._words, self._rows, self._counts = array("Q"), array("i"), array("i")
+
+
+def _opened(folder: Path) -> tuple[np.ndarray, np.ndarray, _Scores]:
+    """What `_Postings.finish` wrote: words and starts in memory, scores where they lie."""
+    words, ends = (np.fromfile(folder / name, dtype) for name, dtype in zip(FILES[:2], (np.uint64, np.int64), strict=True))
+    if len(words) != len(ends):
+        raise ValueError(f"{len(words)} words, {len(ends)} ends")
+    return words, np.concatenate([[0], ends]), _Scores(folder / FILES[2])
 
 
 class _Scores:

@@ -12,12 +12,12 @@ import numpy as np
 
 from ullme.artifacts import ArtifactRef, Inputs, Store, digest_of
 from ullme.data import Dataset, Query
-from ullme.documents import Documents
 from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError
-from ullme.lexical import BM25Searcher, LexicalConfig
+from ullme.lexical import LexicalConfig
 from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours, Searcher
 from ullme.reranking import FUSED_DEPTH, fused
+from ullme.words import words_of
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
@@ -64,9 +64,9 @@ class System(Protocol):
 class LexicalSearcher:
     """BM25 of the queries' texts."""
 
-    def __init__(self, corpus: Documents, config: LexicalConfig) -> None:
-        self._ids = corpus.ids()
-        self._searcher = BM25Searcher((document.content for document in corpus), config)
+    def __init__(self, store: Store, data: ArtifactRef, config: LexicalConfig) -> None:
+        self._ids = Dataset.open(store.open(data, "data")).corpus().ids()
+        self._searcher = words_of(store, data, config)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -94,8 +94,7 @@ class LexicalSystem:
 
     def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """`exact` only."""
-        corpus = Dataset.open(self.inputs["data"] if other is None else self.store.open(other, "data")).corpus()
-        return {"exact": LexicalSearcher(corpus, self.config)}
+        return {"exact": LexicalSearcher(self.store, other or self.inputs.ref("data"), self.config)}
 
 
 class EncodedSearcher:
@@ -208,5 +207,6 @@ class VectorSystem:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
             found["index"] = EncodedSearcher(self, self.open_index(self.inputs["index"], self.fingerprint), data.name)
         if self.lexical is not None:
-            found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), LexicalSearcher(data.corpus(), self.lexical))
+            words = LexicalSearcher(self.store, other or self.inputs.ref("data"), self.lexical)
+            found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), words)
         return found

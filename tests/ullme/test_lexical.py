@@ -102,7 +102,7 @@ def test_in_a_folder_whatever_the_size_of_its_segments_the_scores_are_those_in_m
     for searcher in (BM25Searcher(iter(texts), folder=tmp_path / "words"), BM25Searcher(texts)):
         for query in texts[:20]:
             np.testing.assert_array_equal(searcher.scores(query), plain.scores(query))
-    assert sorted(file.name for file in (tmp_path / "words").iterdir()) == ["ends.i64", "scored.bin", "words.u64"]
+    assert sorted(file.name for file in (tmp_path / "words").iterdir()) == ["ends.i64", "scored.bin", "texts.json", "words.u64"]
 
 
 def test_texts_without_a_word_in_a_folder_find_nothing(tmp_path: Path) -> None:
