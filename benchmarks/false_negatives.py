@@ -16,7 +16,6 @@ A run that has ended is kept beside --json and not repeated; a cell whose runs a
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -250,18 +249,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, print, and write JSON."""
-
-    def bench(arguments: argparse.Namespace, folder: Path) -> Bench:
-        return Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
-
-    experiment(
-        __file__,
-        __doc__,
-        effort=lambda arguments: vars(QUICK if arguments.quick else Effort()),
-        run=lambda arguments, folder, name: bench(arguments, folder).run(*name),
-        everything=lambda arguments, folder, runs: everything(runs, bench(arguments, folder)),
-        tables=tables,
-    )
+    experiment(__file__, __doc__, efforts=(Effort(), QUICK), bench=Bench, everything=everything, tables=tables)
 
 
 if __name__ == "__main__":

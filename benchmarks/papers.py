@@ -3,10 +3,9 @@
     python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md      some 6 hours
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of rank
-16,
-merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training modules
-of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
+Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of
+rank 16, merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training
+modules of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
 wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
 
     LLM2Vec (arXiv 2404.05961)   bidirectional: MNTP in three doses, SimCSE after it and alone, pairs after both and alone
@@ -17,7 +16,6 @@ p: two-sided paired randomisation over queries against the system it is compared
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -194,8 +192,9 @@ class Bench:
         return {"language": language, "per_query": {row["query_id"]: row["exact"] for row in rows}}
 
 
-def everything(runs: Runs, effort: Effort) -> Iterator[dict[str, Any]]:
+def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known at the end."""
+    effort = bench.effort
     rows: dict[str, Any] = {}
     averaged: dict[str, list[float]] = {}
     counted: list[str] = []
@@ -244,18 +243,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, print, and write JSON."""
-
-    def effort(arguments: argparse.Namespace) -> Effort:
-        return QUICK if arguments.quick else Effort()
-
-    experiment(
-        __file__,
-        __doc__,
-        effort=lambda arguments: vars(effort(arguments)),
-        run=lambda arguments, folder, name: Bench(folder, effort(arguments), arguments.data).run(*name),
-        everything=lambda arguments, _, runs: everything(runs, effort(arguments)),
-        tables=tables,
-    )
+    experiment(__file__, __doc__, efforts=(Effort(), QUICK), bench=Bench, everything=everything, tables=tables)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ p: two-sided paired randomisation over queries, each query's score averaged over
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -48,8 +47,8 @@ WARM_UP, BASE, BM25 = "warm-up alone", "untrained", "BM25"
 class Effort:
     """How long everything takes. queries and documents: of a collection, at most."""
 
-    queries: int = 600
-    documents: int = 900
+    queries: int = 500
+    documents: int = 600
     warm_up_steps: int = 24
     warm_up_queries: int = 24
     steps: int = 10
@@ -285,12 +284,13 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known after each part."""
     result: dict[str, Any] = {"effort": vars(bench.effort), "machine": machine()}
     result["screen"] = screen(runs, bench)
-    result["confirmation"] = dict.fromkeys(("pydocs", "squad_sent"), NOT_RUN)
+    confirmed: dict[str, Any] = dict.fromkeys(("pydocs", "squad_sent"), NOT_RUN)
+    result["confirmation"] = confirmed
     yield {**result, "hours": runs.hours}
     best = result["screen"]["best_grl"]
-    for name in result["confirmation"] if best else ():
+    for name in confirmed if best else ():
         if name in bench.collections:
-            result["confirmation"][name] = confirm(runs, bench.effort.seeds, bench.collections[name], best)
+            confirmed[name] = confirm(runs, bench.effort.seeds, bench.collections[name], best)
             yield {**result, "hours": runs.hours}
 
 
@@ -333,18 +333,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, print, and write JSON."""
-
-    def bench(arguments: argparse.Namespace, folder: Path) -> Bench:
-        return Bench(folder, QUICK if arguments.quick else Effort(), arguments.data)
-
-    experiment(
-        __file__,
-        __doc__,
-        effort=lambda arguments: vars(QUICK if arguments.quick else Effort()),
-        run=lambda arguments, folder, name: bench(arguments, folder).run(*name),
-        everything=lambda arguments, folder, runs: everything(runs, bench(arguments, folder)),
-        tables=tables,
-    )
+    experiment(__file__, __doc__, efforts=(Effort(), QUICK), bench=Bench, everything=everything, tables=tables)
 
 
 if __name__ == "__main__":

@@ -102,15 +102,15 @@ def experiment(
     script: str,
     description: str | None,
     *,
-    effort: Callable[[argparse.Namespace], Mapping[str, Any]],
-    run: Callable[[argparse.Namespace, Path, Sequence[Any]], Any],
-    everything: Callable[[argparse.Namespace, Path, Runs], Iterator[Mapping[str, Any]]],
+    efforts: tuple[Any, Any],
+    bench: Callable[[Path, Any, Path | None], Any],
+    everything: Callable[[Runs, Any], Iterator[Mapping[str, Any]]],
     tables: Callable[[Mapping[str, Any]], str],
 ) -> None:
     """The command line of an experiment: run what is missing, print, and write JSON and tables after every part.
 
-    effort: what the runs of one file have in common; run: one run by its name, in a process of its own; everything: what is
-    known so far, part by part.
+    efforts: dataclasses of what the runs of one file have in common, in full and for --quick; bench: (folder to work in, effort,
+    --data) -> what makes one run, in a process of its own, by `run(*name)`; everything: what is known so far, part by part.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the collections; what needs them is otherwise left out")
@@ -122,17 +122,19 @@ def experiment(
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    effort = efforts[arguments.quick]
     if arguments.one:
-        arguments.answer.write_text(json.dumps(run(arguments, arguments.work, json.loads(arguments.one))), encoding="utf-8")
+        row = bench(arguments.work, effort, arguments.data).run(*json.loads(arguments.one))
+        arguments.answer.write_text(json.dumps(row), encoding="utf-8")
         return
     with tempfile.TemporaryDirectory(prefix="ullme-experiment-") as scratch:
         folder = arguments.work or Path(scratch)
         start = [sys.executable, script, "--work", str(folder), *(["--quick"] if arguments.quick else [])]
         start += ["--data", str(arguments.data)] if arguments.data else []
         file = arguments.json.with_suffix(".runs.jsonl") if arguments.json else folder / "runs.jsonl"
-        runs = Runs(file, start, effort(arguments), time.monotonic() + 3600 * arguments.hours)
+        runs = Runs(file, start, vars(effort), time.monotonic() + 3600 * arguments.hours)
         text = ""
-        for result in everything(arguments, folder, runs):
+        for result in everything(runs, bench(folder, effort, arguments.data)):
             text = tables(result)
             if arguments.json:
                 write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")

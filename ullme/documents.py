@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -140,7 +141,7 @@ class _File:
             raise ArtifactError(f"{self._path}: not a table of documents ({error}); run the data stage again") from error
         last = self._reader.num_record_batches - 1
         self.count = last * BATCH_ROWS + self._reader.get_batch(last).num_rows if last >= 0 else 0
-        self._batch = lru_cache(KEPT_BATCHES)(self._reader.get_batch)
+        self._batch, self._lock = lru_cache(KEPT_BATCHES)(self._reader.get_batch), Lock()
 
     def batches(self, names: Collection[str], span: range) -> Iterator[tuple[int, pa.RecordBatch]]:
         """(row of the first document, batch) of all that hold rows of a span, with these columns alone."""
@@ -155,7 +156,8 @@ class _File:
 
     def values(self, row: int, names: Collection[str]) -> tuple[Any, ...]:
         """These fields of one document."""
-        batch = self._batch(row // BATCH_ROWS)
+        with self._lock:  # a server asks from several threads, and the reader is made for one
+            batch = self._batch(row // BATCH_ROWS)
         return tuple(batch.column(name)[row % BATCH_ROWS].as_py() for name in names)
 
     def document(self, row: int) -> Document:
