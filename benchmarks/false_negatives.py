@@ -36,7 +36,8 @@ from ullme.encoder import Encoder
 from ullme.encoding import ENCODE, EncodeConfig
 from ullme.evaluation import EVALUATE, EvalConfig
 from ullme.lexical import LexicalConfig, tokenise
-from ullme.mining import MINE, Miner, MiningConfig
+from ullme.miner import Miner
+from ullme.mining import MINE, MiningConfig
 from ullme.mining_context import MiningContext, encoded_vectors
 from ullme.statistics import paired_randomisation
 from ullme.training import TRAIN, TrainConfig

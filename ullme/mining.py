@@ -7,19 +7,15 @@
 
 Candidates are the documents of train queries and those that no query has judged; an auxiliary data set's queries have those
 of their own data set. What a dev or test query is answered by is never a negative (`pool: train_only`): a model must not be
-measured on passages it was pushed away from.
-
-A kind of miner is one file in `ullme/miners/`: usually a `RankingMiner` that says which ranker it uses and which
-candidates it keeps; anything else implements `Miner.select`.
+measured on passages it was pushed away from. How a kind of miner chooses is in `ullme.miner`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,180 +24,28 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ullme.artifacts import Draft, Inputs, Stage
-from ullme.components import Component, Section, component, resolve
+from ullme.components import Section, component, resolve
 from ullme.data import Dataset, Query
 from ullme.documents import DOCUMENTS_FILE, Documents
-from ullme.errors import ConfigError, ContractError, DataError
+from ullme.errors import ConfigError, DataError
 from ullme.judging import JudgeConfig, judge, merged
 from ullme.lexical import LexicalConfig
+from ullme.miner import ABOVE_POSITIVE, BLOCK_QUERIES, Miner, Selection
 from ullme.mining_context import MiningContext, encoded_vectors
 from ullme.mining_page import page
-from ullme.neighbours import MISSING_ROW
-from ullme.progress import Progress
 from ullme.rankers import Ranker
 from ullme.records import normalise
 
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
 
-__all__ = ["MINE", "Miner", "MiningConfig", "RankingMiner", "Selection", "mine"]
+__all__ = ["MINE", "MiningConfig", "mine"]
 
 logger = logging.getLogger(__name__)
 
-BLOCK_QUERIES, BLOCK_FOUND = 4096, 2**22
-MAX_REFUSED_SHARE = 0.1
-ABOVE_POSITIVE = "scores no less than a positive, kept"
 SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
 WORDS_SHARE = 2.2  # bytes of BM25's words while they are sorted, over those of the documents: 1.0 to 2.1 on four collections
 ROW_BYTES, SHOWN_BYTES, REPORT_BYTES = 40, 400, 4_000  # an id with its score; a text that is shown; the rest of the report
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a miner chose: per query (pool row, score), best first; and what it passed over, by reason."""
-
-    chosen: list[list[tuple[int, float]]]
-    passed_over: Counter[str] = field(default_factory=Counter)
-
-
-class Miner(Component):
-    """Base of every kind of miner."""
-
-    @property
-    @abstractmethod
-    def wanted(self) -> int:
-        """Negatives per query that it aims at."""
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether the stage must be given an input called `model`."""
-        return False
-
-    @abstractmethod
-    def rankers(self, context: MiningContext) -> list[Ranker]:
-        """The teachers whose ranking it relies on; their nDCG is reported."""
-
-    @abstractmethod
-    def select(self, context: MiningContext, taken: Sequence[set[int]]) -> Selection:
-        """At most `wanted` pool rows per query, never one whose text key is in `taken[query]` (see `MiningContext.keys`)."""
-
-
-class RankingMiner(Miner):
-    """A miner that walks down one ranking.
-
-    The query's positives, and documents that read the same, are taken out first, and so do not count as ranks.
-
-    num_negatives: mined per query. depth: how many ranks are looked at. skip_top: ranks left out at the top, where
-    unlabelled positives gather. sampling: the `top` of what is left, or `random` among it (seeded per query).
-    """
-
-    num_negatives: int = Field(default=4, ge=1)
-    depth: int = Field(default=100, ge=1)
-    skip_top: int = Field(default=0, ge=0)
-    sampling: Literal["top", "random"] = "top"
-
-    @model_validator(mode="after")
-    def _window(self) -> RankingMiner:
-        if self.skip_top + self.num_negatives > self.depth:
-            raise ValueError(
-                f"depth {self.depth} has no room for skip_top {self.skip_top} and num_negatives {self.num_negatives}; raise depth"
-            )
-        return self
-
-    @property
-    def wanted(self) -> int:
-        """Negatives per query that it aims at."""
-        return self.num_negatives
-
-    @abstractmethod
-    def ranker(self, context: MiningContext) -> Ranker:
-        """What ranks the pool."""
-
-    def rankers(self, context: MiningContext) -> list[Ranker]:
-        """The one it walks down."""
-        return [self.ranker(context)]
-
-    def keep(self, scores: np.ndarray, positives: np.ndarray) -> np.ndarray:  # noqa: ARG002 - for kinds to override
-        """Bool[K]: which candidates of Float32[K] may be negatives, given the scores Float32[P] of the positives."""
-        return np.ones(len(scores), dtype=bool)
-
-    def refusal(self, positives: np.ndarray) -> str:  # noqa: ARG002 - for kinds to override
-        """Why nothing can be mined for a query whose positives score so; empty = it can."""
-        return ""
-
-    def select(self, context: MiningContext, taken: Sequence[set[int]]) -> Selection:
-        """Walk down the ranking of every query.
-
-        Raises:
-            ContractError: more than a tenth of the queries are refused.
-        """
-        ranker = self.ranker(context)
-        selection = Selection([[] for _ in context.queries])
-        refusals: Counter[str] = Counter()
-        with Progress(len(context.queries), f"mine {self.kind}", unit="query") as progress:
-            for block, reach in self._blocks(context):
-                found = ranker.search(block, min(reach, len(context.documents)))
-                answers = ranker.score(block, [context.positive_rows(query) for query in block])
-                for query, rows, scores, positives in zip(block, found.rows, found.scores, answers, strict=True):
-                    reason = self.refusal(positives)
-                    if reason:
-                        refusals[reason] += 1
-                        continue
-                    real = rows != MISSING_ROW
-                    candidates = (rows[real], scores[real])
-                    selection.chosen[query] = self._pick(context, query, candidates, positives, taken[query], selection.passed_over)
-                progress.advance(len(block))
-        for reason, count in refusals.items():
-            line = f"mine {self.kind}: {count} of {len(context.queries)} queries refused: {reason}"
-            if count > MAX_REFUSED_SHARE * len(context.queries):
-                raise ContractError(f"{line}; this model is no teacher yet: mine with bm25, or train it first")
-            logger.warning("%s", line)
-            selection.passed_over[f"queries refused: {reason}"] += count
-        return selection
-
-    def _blocks(self, context: MiningContext) -> Iterator[tuple[range, int]]:
-        """Queries that are searched for together, and how many ranks are needed; what is found of a block stays within bounds."""
-        start, reach = 0, 0
-        for query in range(len(context.queries)):
-            needed = max(reach, self.depth + len(context.forbidden_rows(query)))
-            if query > start and (query - start == BLOCK_QUERIES or (query - start + 1) * needed > BLOCK_FOUND):
-                yield range(start, query), reach
-                start, needed = query, self.depth + len(context.forbidden_rows(query))
-            reach = needed
-        if context.queries:
-            yield range(start, len(context.queries)), reach
-
-    def _pick(
-        self,
-        context: MiningContext,
-        query: int,
-        candidates: tuple[np.ndarray, np.ndarray],
-        positives: np.ndarray,
-        taken: set[int],
-        passed_over: Counter[str],
-    ) -> list[tuple[int, float]]:
-        forbidden = context.forbidden_rows(query)
-        allowed = np.array([row not in forbidden for row in candidates[0]], dtype=bool)
-        rows, scores = (part[allowed][self.skip_top : self.depth] for part in candidates)
-        kept = self.keep(scores, positives)
-        seen, free = set(taken), []
-        for position, row in enumerate(rows):
-            key = int(context.keys[row])
-            if key in seen:
-                passed_over["same text as one before"] += 1
-                continue
-            seen.add(key)  # also when it is not kept: it must not come back through a copy
-            if kept[position]:
-                free.append(position)
-            else:
-                passed_over["too close to the positive"] += 1
-        if self.sampling == "random" and len(free) > self.num_negatives:
-            drawn = context.random(query).choice(len(free), self.num_negatives, replace=False)
-            free = [free[number] for number in sorted(drawn)]
-        free = free[: self.num_negatives]
-        if len(positives):
-            passed_over[ABOVE_POSITIVE] += int((scores[free] >= positives.min()).sum())
-        return [(int(rows[position]), float(scores[position])) for position in free]
 
 
 class MiningRuntime(Section):
@@ -275,53 +119,20 @@ def mine(section: MiningConfig, inputs: Inputs, draft: Draft) -> None:
         context = MiningContext(asked, pool, draft.seed, vectors, draft.scratch / f"pool-{number}")
         parts.append(_mined(section, context, name, encoder))
     queries = [query for part in parts for query in part.context.queries]
-    passed_over = sum((part.selection.passed_over for part in parts), Counter[str]())
-    dropped = sum((part.dropped for part in parts), Counter[str]())
-    teachers = {name: found for part in parts for name, found in part.teachers.items()}
-    suspected = passed_over.pop(ABOVE_POSITIVE, 0)
-    judged = merged([part.judged for part in parts if part.judged])
-    chosen = [mined for part in parts for mined in part.selection.chosen]
     rows = [row for part in parts for row in part.named()]
     _write(draft, queries, rows, [names for part in parts for names in part.relabelled_names()])
-    missing = [section.miner.wanted - len(mined) for mined in chosen]
-    mined_scores = np.array([score for mined in chosen for _, score in mined], dtype=np.float64)
-    counts, edges = np.histogram(mined_scores, bins=20) if len(mined_scores) else (np.zeros(0, int), np.zeros(0))
-    report = {
-        "miner": section.miner.model_dump(mode="json", serialize_as_any=True),
-        "queries": len(queries),
-        "pool": {"rule": section.pool, "documents": len(documents), "left_out": len(data.documents()) - len(documents)},
-        "negatives": {
-            "mined": len(mined_scores),
-            "from_source": sum(map(len, rows)) - len(mined_scores),
-            "source_dropped": dict(dropped),
-        },
-        "passed_over": dict(passed_over),
-        "suspected_false_negatives": suspected,
-        "judge": judged,
-        "datasets": {
-            part.dataset or data.name: {
-                "queries": len(part.context.queries),
-                "mined": sum(map(len, part.selection.chosen)),
-                "suspected_false_negatives": part.selection.passed_over.get(ABOVE_POSITIVE, 0),
-            }
-            for part in parts
-        },
-        "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
-        "teachers": teachers,
-        "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
-        "samples": _samples(data, queries, rows, draft.seed),
-    }
+    report = _report(section, data, len(documents), parts, rows, draft.seed)
     (draft.path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (draft.path / "report.html").write_text(page(report), encoding="utf-8")
-    short = report["shortfall"]
-    draft.meta |= {"queries": len(queries), "pool": len(documents), "mined": len(mined_scores), "short_queries": short["queries"]}
-    draft.meta |= {"suspected_false_negatives": suspected}
+    mined, short, judged = report["negatives"]["mined"], report["shortfall"], report["judge"]
+    draft.meta |= {"queries": len(queries), "pool": len(documents), "mined": mined, "short_queries": short["queries"]}
+    draft.meta |= {"suspected_false_negatives": report["suspected_false_negatives"]}
     if judged:
         draft.meta |= {f"judge_{name}": judged[name] for name in ("finds_positive", "chance", "suspects")}
-    draft.meta |= {f"teacher_ndcg_at_10_{name}": teacher["ndcg_at_10"] for name, teacher in teachers.items()}
+    draft.meta |= {f"teacher_ndcg_at_10_{name}": teacher["ndcg_at_10"] for name, teacher in report["teachers"].items()}
     logger.info(
         "mine: %d negatives for %d queries from %d documents, %d from the source; %d score no less than a positive",
-        *(len(mined_scores), len(queries), len(documents), report["negatives"]["from_source"], suspected),
+        *(mined, len(queries), len(documents), report["negatives"]["from_source"], report["suspected_false_negatives"]),
     )
     if short["queries"]:
         logger.warning(
@@ -384,6 +195,49 @@ def _mined(section: MiningConfig, context: MiningContext, dataset: str, encoder:
     found = judge(section.judge, context, mined.selection.chosen, encoder)
     selection = replace(mined.selection, chosen=found.chosen)
     return replace(mined, selection=selection, relabelled=found.relabelled, judged=found.found)
+
+
+def _report(
+    section: MiningConfig,
+    data: Dataset,
+    pool: int,
+    parts: Sequence[_Mined],
+    rows: Sequence[Sequence[tuple[str, float]]],
+    seed: int,
+) -> dict[str, Any]:
+    """What report.json says. rows: of each query, the negatives that were written."""
+    queries = [query for part in parts for query in part.context.queries]
+    chosen = [mined for part in parts for mined in part.selection.chosen]
+    passed_over = sum((part.selection.passed_over for part in parts), Counter[str]())
+    suspected = passed_over.pop(ABOVE_POSITIVE, 0)
+    missing = [section.miner.wanted - len(mined) for mined in chosen]
+    scores = np.array([score for mined in chosen for _, score in mined], dtype=np.float64)
+    counts, edges = np.histogram(scores, bins=20) if len(scores) else (np.zeros(0, int), np.zeros(0))
+    return {
+        "miner": section.miner.model_dump(mode="json", serialize_as_any=True),
+        "queries": len(queries),
+        "pool": {"rule": section.pool, "documents": pool, "left_out": len(data.documents()) - pool},
+        "negatives": {
+            "mined": len(scores),
+            "from_source": sum(map(len, rows)) - len(scores),
+            "source_dropped": dict(sum((part.dropped for part in parts), Counter[str]())),
+        },
+        "passed_over": dict(passed_over),
+        "suspected_false_negatives": suspected,
+        "judge": merged([part.judged for part in parts if part.judged]),
+        "datasets": {
+            part.dataset or data.name: {
+                "queries": len(part.context.queries),
+                "mined": sum(map(len, part.selection.chosen)),
+                "suspected_false_negatives": part.selection.passed_over.get(ABOVE_POSITIVE, 0),
+            }
+            for part in parts
+        },
+        "shortfall": {"queries": sum(count > 0 for count in missing), "negatives": sum(missing), "wanted": section.miner.wanted},
+        "teachers": {name: found for part in parts for name, found in part.teachers.items()},
+        "scores": {"edges": [round(float(edge), 6) for edge in edges], "counts": [int(count) for count in counts]},
+        "samples": _samples(data, queries, rows, seed),
+    }
 
 
 def mining_space(section: MiningConfig, inputs: Inputs) -> int | None:

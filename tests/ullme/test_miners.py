@@ -12,7 +12,7 @@ from ullme.components import kinds, resolve
 from ullme.data import Document, Query
 from ullme.errors import ConfigError, ContractError
 from ullme.lexical import LexicalConfig
-from ullme.mining import Miner, RankingMiner
+from ullme.miner import Miner, RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import FusedRanker, VectorRanker
 from ullme.records import normalise

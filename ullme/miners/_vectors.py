@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ullme.mining import RankingMiner
+from ullme.miner import RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import Ranker
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ullme.lexical import LexicalConfig
-from ullme.mining import RankingMiner
+from ullme.miner import RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import Ranker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ullme.lexical import LexicalConfig
-from ullme.mining import RankingMiner
+from ullme.miner import RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import FusedRanker, Ranker
 from ullme.reranking import FUSED_DEPTH

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ullme.components import component
-from ullme.mining import Miner, Selection
+from ullme.miner import Miner, Selection
 from ullme.mining_context import MiningContext
 from ullme.rankers import Ranker
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ullme.mining import Miner, Selection
+from ullme.miner import Miner, Selection
 from ullme.mining_context import MiningContext
 from ullme.rankers import Ranker
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ullme.lexical import LexicalConfig
-from ullme.mining import RankingMiner
+from ullme.miner import RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import Ranker
 
