@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_runs import DOCUMENTS, QRELS, QUERIES, beir_data, encoded, tiny_model, write_beir
 
-from benchmarks.mine_memory import MOST_SHARE, measure
+from benchmarks.mine_memory import MOST_SHARE, QUICK_COUNTS, measure
 from ullme import mining_context
 from ullme.artifacts import ArtifactRef, Store
 from ullme.components import kinds
@@ -277,6 +277,6 @@ def test_vectors_are_found_whatever_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_pool() -> None:
-    result = measure((10_000, 60_000))
+    result = measure(QUICK_COUNTS)
     assert result["cached"]["share_of_vectors"] <= MOST_SHARE
     assert result["scratch"]["share_of_vectors"] <= MOST_SHARE
