@@ -79,6 +79,15 @@ def test_the_speeds_shown_are_those_that_were_kept() -> None:
     assert f"{memory['documents_per_s']:,} documents per second" in page
 
 
+def test_the_memory_of_mining_shown_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "mine_memory.json").read_text(encoding="utf-8"))
+    assert [row["documents"] for row in kept["cached"]["runs"]] == [10_000, 100_000, 300_000]
+    assert f"grows by {kept['cached']['bytes_per_document']:.0f} bytes a document" in page
+    assert f"by {kept['scratch']['bytes_per_document']:.0f} where they are encoded" in page
+    assert max(kept[way]["share_of_vectors"] for way in ("cached", "scratch")) <= 0.1
+
+
 def test_the_scores_shown_are_those_of_the_kept_run() -> None:
     kept = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text(encoding="utf-8"))
     for system in ("base", "tuned", "bm25"):
