@@ -28,7 +28,7 @@ from encode import NOT_RUN, SMOLLM2, machine
 from mine import MINILM
 from runs import Runs, experiment
 
-from ullme.artifacts import ArtifactRef, Store
+from ullme.artifacts import ArtifactRef, Inputs, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.components import resolve
 from ullme.data import PREPARE, DataConfig, Dataset
@@ -86,11 +86,11 @@ class Bench:
         self.effort, self.folder = effort, data
         self.store = Store(folder / "store")
 
-    def data(self, collection: str) -> ArtifactRef:
-        """The collection; its train pairs beside it."""
+    def data(self, collection: str, documents: int | None = None) -> ArtifactRef:
+        """The collection; its train pairs beside it. documents: that are searched at most."""
         folder, effort = self.folder / collection, self.effort
         source = {"kind": "beir", "path": str(folder), "train_pairs": [str(folder / "train_pairs.jsonl")]}
-        caps = {"max_train_queries": effort.train_queries, "max_test_queries": effort.queries, "max_documents": effort.documents}
+        caps = {"max_train_queries": effort.train_queries, "max_test_queries": effort.queries, "max_documents": documents}
         config = DataConfig.model_validate({"source": source, "dev_share": 0, **caps})
         return self.store.produce(PREPARE, config.resolved(), {}, seed=0)
 
@@ -105,18 +105,23 @@ class Bench:
 
     def share(self, collection: str, kind: str) -> dict[str, Any]:
         """Of each query: the share of its negatives that nearly equal a positive."""
-        from ullme.artifacts import Inputs
-
-        refs = {"data": self.data(collection), "model": self.model(MINILM, max_tokens=256, prompts={"query": ""})}
+        refs = {
+            "data": self.data(collection, 100 if self.effort == QUICK else None),
+            "model": self.model(MINILM, max_tokens=256, prompts={"query": ""}),
+        }
         data = Dataset.open(refs["data"].path)
         queries = data.queries("train")
         encoder = Encoder.load(refs["model"].path)
         vectors = encoded_vectors(Inputs(self.store, refs), data.name, lambda: encoder, batch_tokens=16_384)
-        context = MiningContext(queries, data.documents(), seed=0, vectors=vectors)
+        folder = self.store.root / "share" / refs["data"].path.name  # vectors are made once for all kinds
+        context = MiningContext(queries, data.documents(), seed=0, vectors=vectors, folder=folder)
         miner = resolve("ullme.miners", KINDS[kind])
         assert isinstance(miner, Miner)
         chosen = miner.select(context, [set() for _ in queries]).chosen
-        words = [set(tokenise(document.content, LexicalConfig())) for document in context.documents]
+        used = {row for rows in chosen for row, _ in rows} | {
+            row for query in range(len(queries)) for row in context.positive_rows(query)
+        }
+        words = {row: set(tokenise(context.documents[row].content, LexicalConfig())) for row in sorted(used)}
         near: dict[str, float] = {}
         for query, rows in enumerate(chosen):
             positives = [words[row] for row in context.positive_rows(query)]
@@ -140,7 +145,7 @@ class Bench:
 
     def trained(self, collection: str, kind: str, seed: int) -> dict[str, Any]:
         """Of each test query: nDCG@10 after training with this kind's negatives."""
-        data = self.data(collection)
+        data = self.data(collection, self.effort.documents)
         teacher = self.model(MINILM, max_tokens=256, prompts={"query": ""})
         mining = MiningConfig.model_validate({"miner": {**KINDS[kind], "num_negatives": NEGATIVES}})
         negatives = self.store.produce(MINE, mining, {"data": data, "model": teacher}, seed=0)
