@@ -1,4 +1,6 @@
-"""Two teachers in one ranking: what BM25 and the model agree on is hard, and less often mislabelled than what either says alone."""
+"""Two teachers in one ranking: what BM25 and the model agree on is hardest, and as often an unlabelled answer as their nearest
+(docs/results.md): give it a judge.
+"""
 
 from __future__ import annotations
 
