@@ -7,12 +7,14 @@ The whole mine stage, nearest vectors with BM25 measured beside it, 500 queries;
 (`cached`), once encoding the pool itself (`scratch`). Documents are short texts, no two alike, with a word in each that no other
 has; the model is a stub that looks its vectors, 576 numbers in float16, up in a small table. Noted is the most memory that the
 process had resident while the stage ran; `bytes_per_document` is the slope of the straight line through it, `share_of_vectors`
-that over the 1152 bytes of a vector. It must not exceed a tenth.
+that over the 1152 bytes of a vector. It must not exceed a tenth. Huge pages are off: the system forms them when it has time to, and
+they round memory up by more than what is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -30,6 +32,7 @@ import numpy as np
 COUNTS, QUICK_COUNTS = (10_000, 100_000, 300_000), (60_000, 160_000)
 QUERIES = 500
 MOST_SHARE = 0.1
+NO_HUGE_PAGES = 41  # PR_SET_THP_DISABLE of Linux
 
 
 def write_artifacts(folder: Path, count: int) -> int:
@@ -82,6 +85,7 @@ def run(folder: Path, way: str) -> dict[str, Any]:
     refs = {name: ArtifactRef.model_validate(ref) for name, ref in json.loads((folder / "refs.json").read_text()).items()}
     if way == "scratch":
         refs.pop("embeddings")
+    ctypes.CDLL(None).prctl(NO_HUGE_PAGES, 1, 0, 0, 0)
     encoder, status = stub(), Path("/proc/self/status")
     encoder.encode(["warm"] * 64)
     section = MiningConfig.model_validate({"miner": {"kind": "topk"}, "teacher_queries": QUERIES})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ullme.artifacts import settle
 from ullme.errors import ArtifactError, ConfigError
-from ullme.vector_file import settle
 
 if TYPE_CHECKING:
     from indexes.kind import IndexKind

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from indexes._corpus import BLOCK_ROWS, DIGEST_BYTES
+from ullme.artifacts import settle
 from ullme.errors import ArtifactError
 from ullme.neighbours import MISSING_ROW
-from ullme.vector_file import settle
 
 __all__ = ["Rows"]
 

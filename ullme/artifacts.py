@@ -34,7 +34,7 @@ from ullme.components import Section
 from ullme.disk import Disk
 from ullme.errors import ArtifactError, LimitExceeded
 
-__all__ = ["ArtifactRef", "Draft", "Inputs", "Stage", "Store", "digest_of", "now", "sha256_file", "sync", "write_atomic"]
+__all__ = ["ArtifactRef", "Draft", "Inputs", "Stage", "Store", "digest_of", "now", "settle", "sha256_file", "sync", "write_atomic"]
 
 logger = logging.getLogger(__name__)
 
@@ -325,10 +325,14 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as handle:
         handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    settle(partial, path)
+
+
+def settle(partial: Path, final: Path) -> None:
+    """Make a file that is written durable, then give it its name."""
+    sync(partial)
+    partial.replace(final)
+    sync(final.parent)
 
 
 def sync(path: Path) -> None:

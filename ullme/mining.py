@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
 WORDS_SHARE = 2.2  # bytes of BM25's words while they are sorted, over those of the documents: 1.0 to 2.1 on four collections
+SORTED_SHARE = 0.6  # of that, at most, when they are sorted
 ROW_BYTES, SHOWN_BYTES, REPORT_BYTES = 40, 400, 4_000  # an id with its score; a text that is shown; the rest of the report
 
 
@@ -241,15 +242,16 @@ def _report(
 
 
 def mining_space(section: MiningConfig, inputs: Inputs) -> int | None:
-    """Bytes of the negatives and the report, by the number of train queries, and of what lies in the scratch folder meanwhile: the
-    words of the pool, and vectors where a model mines. None where the model's width is not known.
+    """Bytes of the pool's words while they are sorted, or of these together with negatives and report, which come later; and of
+    vectors, where a model mines. None where the model's width is not known.
     """
     counts = inputs.ref("data").meta
     wanted = section.miner.wanted
     shown = SHOWN_BYTES * SHOWN_ROWS * (wanted + 2)  # the query and a positive beside them
     written = ROW_BYTES * (counts["queries_train"] * (1 + wanted) + counts["negatives"]) + 3 * shown + 3 * REPORT_BYTES
     pool = counts["trainable"] if section.pool == "train_only" else counts["documents"]
-    written += int(WORDS_SHARE * inputs.sizes("data").get(DOCUMENTS_FILE, 0) * pool / counts["documents"])
+    sorting = int(WORDS_SHARE * inputs.sizes("data").get(DOCUMENTS_FILE, 0) * pool / counts["documents"])
+    written = max(sorting, int(SORTED_SHARE * sorting) + written)
     if not section.miner.needs_model:
         return written
     dim = inputs.ref("model").meta.get("dim") if "model" in inputs else None

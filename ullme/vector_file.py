@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ullme.artifacts import settle, write_atomic
 from ullme.errors import ArtifactError
 
-__all__ = ["VectorFile", "VectorReader", "read_vectors", "settle"]
+__all__ = ["VectorFile", "VectorReader", "read_vectors"]
 
 
 class VectorFile:
@@ -40,8 +41,7 @@ class VectorFile:
         if self._marker is not None:
             self._out.flush()
             os.fsync(self._out.fileno())
-            self._marker.with_suffix(".new").write_text(str(self.rows), encoding="ascii")
-            self._marker.with_suffix(".new").replace(self._marker)
+            write_atomic(self._marker, str(self.rows))
 
     def __enter__(self) -> VectorFile:
         return self
@@ -106,10 +106,3 @@ class VectorReader:
             if not read:
                 raise ArtifactError(f"a table of {self.shape[0]} vectors ends before vector {row + len(target) - 1}")
             left, place = left[read:], place + read
-
-
-def settle(partial: Path, final: Path) -> None:
-    """Make a written file durable, then give it its name."""
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(final)

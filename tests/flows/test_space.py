@@ -90,7 +90,7 @@ EVERY_WEIGHT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "until"), [([], "promote"), (EVERY_WEIGHT, "index")], ids=["smoke", "every weight"])
-def test_the_estimate_is_no_less_than_what_is_written_and_no_more_than_three_times(
+def test_the_estimate_is_no_less_than_what_is_written_and_no_more_than_two_and_a_half_times(
     changes: list[str], until: str, tmp_path: Path
 ) -> None:
     pipeline = Pipeline(load(CONFIGS / "smoke.yaml", [f"store={tmp_path}", *changes]).resolved(), until=until)
@@ -100,7 +100,7 @@ def test_the_estimate_is_no_less_than_what_is_written_and_no_more_than_three_tim
         with Peak(tmp_path / "work") as peak:
             ref = made_by(pipeline, name)
         written = max(peak.bytes, tree_bytes(ref.path))
-        if foretold is None or not written <= foretold <= 3 * written:
+        if foretold is None or not written <= foretold <= 2.5 * written:
             wrong.append(f"{name}: {foretold} foretold, {written} written")
     assert wrong == []
 
