@@ -85,17 +85,17 @@ class Runs:
             self._rows[json.dumps(line["run"])] = line
 
 
-def write_tables(file: Path, name: str, text: str) -> None:
-    """Put tables between the page's two marks of this name.
+def around_tables(file: Path, name: str) -> tuple[str, str]:
+    """What stands before and behind the tables of this name: up to its first mark, and from its second.
 
     Raises:
-        SystemExit: it has none.
+        SystemExit: no such page, or it lacks the marks.
     """
-    page = file.read_text(encoding="utf-8")
     start, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    page = file.read_text(encoding="utf-8") if file.is_file() else ""
     if start not in page or end not in page:
-        raise SystemExit(f"{file}: expected the marks {start.strip()} and {end} to write the tables between")
-    write_atomic(file, page.partition(start)[0] + start + text + end + page.partition(end)[2])
+        raise SystemExit(f"{file}: expected a page with the marks {start.strip()} and {end} to write the tables between")
+    return page.partition(start)[0] + start, end + page.partition(end)[2]
 
 
 def experiment(
@@ -122,7 +122,9 @@ def experiment(
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    effort = efforts[arguments.quick]
+    effort, name = efforts[arguments.quick], Path(script).stem
+    if arguments.write:
+        around_tables(arguments.write, name)  # before hours of runs
     if arguments.one:
         row = bench(arguments.work, effort, arguments.data).run(*json.loads(arguments.one))
         arguments.answer.write_text(json.dumps(row), encoding="utf-8")
@@ -139,5 +141,6 @@ def experiment(
             if arguments.json:
                 write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
             if arguments.write:
-                write_tables(arguments.write, Path(script).stem, text)
+                before, behind = around_tables(arguments.write, name)
+                write_atomic(arguments.write, before + text + behind)
         print(text)

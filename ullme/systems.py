@@ -68,6 +68,11 @@ class LexicalSearcher:
         self._ids = Dataset.open(store.open(data, "data")).corpus().ids()
         self._searcher = words_of(store, data, config)
 
+    @classmethod
+    def over(cls, inputs: Inputs, scratch: Store, other: ArtifactRef | None, config: LexicalConfig) -> LexicalSearcher:
+        """Over the run's own corpus, whose words its store keeps, or over `other` in a store for the occasion."""
+        return cls(inputs.store, inputs.ref("data"), config) if other is None else cls(scratch, other, config)
+
     @property
     def ids(self) -> Sequence[str]:
         """Document ids in row order."""
@@ -94,7 +99,7 @@ class LexicalSystem:
 
     def searchers(self, other: ArtifactRef | None = None) -> Mapping[str, QuerySearcher]:
         """`exact` only."""
-        return {"exact": LexicalSearcher(self.store, other or self.inputs.ref("data"), self.config)}
+        return {"exact": LexicalSearcher.over(self.inputs, self.store, other, self.config)}
 
 
 class EncodedSearcher:
@@ -207,6 +212,6 @@ class VectorSystem:
                 raise ContractError("evaluate: an index was given, but nothing to open it with (open_index)")
             found["index"] = EncodedSearcher(self, self.open_index(self.inputs["index"], self.fingerprint), data.name)
         if self.lexical is not None:
-            words = LexicalSearcher(self.store, other or self.inputs.ref("data"), self.lexical)
+            words = LexicalSearcher.over(self.inputs, self.store, other, self.lexical)
             found["hybrid"] = HybridSearcher(found.get("index", found["exact"]), words)
         return found
