@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from indexes.build import build, space
+from indexes.build import build, found_device, space
 from indexes.index import Index
 from indexes.kind import IndexKind
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store, write_atomic
@@ -60,6 +60,7 @@ def build_index(section: IndexKind, inputs: Inputs, draft: Draft) -> None:
         seed=draft.seed,
         queries=vectors.queries(),
         earlier=earlier,
+        device=found_device(),
     )
 
 

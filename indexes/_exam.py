@@ -35,8 +35,8 @@ class Exam:
     of_what: Literal["queries", "documents"]
 
     @classmethod
-    def of(cls, corpus: Corpus, seed: int, queries: np.ndarray | None = None) -> Exam:
-        """Walk over the corpus once, or twice.
+    def of(cls, corpus: Corpus, seed: int, queries: np.ndarray | None = None, *, device: str = "cpu") -> Exam:
+        """Walk over the corpus once, or twice. device: as of `nearest`.
 
         Raises:
             ContractError: queries of another dim, or not finite.
@@ -50,7 +50,7 @@ class Exam:
         queries, reach = np.ascontiguousarray(queries, dtype=np.float32), min(DEEPEST, corpus.count)
         best = np.full((len(queries), reach), -np.inf, dtype=np.float32)
         for block in corpus.blocks():
-            exact = nearest(queries, block, min(reach, len(block))).scores
+            exact = nearest(queries, block, min(reach, len(block)), device=device).scores
             best = -np.sort(-np.concatenate([best, exact], axis=1), axis=1)[:, :reach]
         return cls(corpus, queries, best, of_what)
 

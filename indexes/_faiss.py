@@ -16,7 +16,17 @@ from ullme.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     from indexes.kind import IndexKind
 
-__all__ = ["gpu_copy", "last_line", "load_faiss", "read_index", "selecting", "set_parameters", "stored_vectors", "write_index"]
+__all__ = [
+    "add_to_lists",
+    "gpu_copy",
+    "last_line",
+    "load_faiss",
+    "read_index",
+    "selecting",
+    "set_parameters",
+    "stored_vectors",
+    "write_index",
+]
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +90,15 @@ def read_index(faiss: Any, file: Path, beside: int, *, mapped: bool = True) -> A
         faiss.set_deserialization_vector_byte_limit(limit)
 
 
+def add_to_lists(inverted: Any, vectors: np.ndarray, lists: np.ndarray) -> None:
+    """Add Float32[n D] to an index of inverted lists, each to the list of its number in Int64[n]."""
+    from faiss.contrib.ivf_tools import add_preassigned
+
+    add_preassigned(inverted, vectors, lists)
+
+
 def gpu_copy(faiss: Any, index: Any, kind: IndexKind, device: str) -> Any:
-    """A copy of the index on every GPU, or None to search on the CPU."""
+    """A copy of the index on the GPU, or a part of it on each; None to search on the CPU."""
     if device not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"device: expected auto, cpu or gpu, got '{device}'")
     if device == "cpu":
@@ -91,7 +108,9 @@ def gpu_copy(faiss: Any, index: Any, kind: IndexKind, device: str) -> Any:
     elif not kind.gpu_search:
         reason = f"faiss cannot search '{kind.kind}' with these fields on a GPU"
     else:
-        return faiss.index_cpu_to_all_gpus(index)
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard = True
+        return faiss.index_cpu_to_all_gpus(index, options)
     if device == "gpu":
         raise ConfigError(f"device: gpu was asked for, but {reason}; use device cpu or auto")
     log.info("searching on the CPU: %s", reason)

@@ -4,8 +4,9 @@ A build is cut into segments where `max_memory_gb` asks for it; each is learned 
 next begins. An earlier index of the same kind and model is gone on with while little of it is stale: its files are taken as they
 are, rows whose document is gone or has another vector are marked as deleted, and what is new makes a segment of its own.
 
-Built anew, the same vectors in the same order and the same seed give the same bytes, however they are cut into shards and however
-many threads run: rows are added in blocks of fixed size, and the HNSW builder of faiss >= 1.15 is deterministic.
+Built anew on a CPU, the same vectors in the same order and the same seed give the same bytes, however they are cut into shards and
+however many threads run: rows are added in blocks of fixed size, and the HNSW builder of faiss >= 1.15 is deterministic. Centroids
+from a GPU are others.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from indexes._budget import Budget
+from indexes._centroids import found_device, learned, nearest_centroids
 from indexes._corpus import Corpus, Shards
 from indexes._exam import Exam
-from indexes._faiss import last_line, load_faiss, read_index, set_parameters, write_index
+from indexes._faiss import add_to_lists, last_line, load_faiss, read_index, set_parameters, write_index
 from indexes._rows import Rows
 from indexes._segments import Segment, file_names
 from indexes.index import CARD_FILE, FORMAT, IDS_FILE, METRIC, TRAINED_FILE, Index, open_segments, read_card
@@ -35,7 +37,7 @@ from ullme.errors import ArtifactError, ContractError
 from ullme.neighbours import MISSING_ROW, Neighbours, Searcher
 from ullme.vector_file import VectorFile, VectorReader, read_vectors
 
-__all__ = ["build", "space"]
+__all__ = ["build", "found_device", "space"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ def build(
     seed: int,
     queries: np.ndarray | None = None,
     earlier: Sequence[Path] = (),
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Build the index of a corpus of unit vectors and write it to the directory `out`.
 
@@ -68,6 +71,8 @@ def build(
         queries: Float[Q D], what people may ask: the index is measured and tuned with it. None, or few: with the corpus's own
             vectors, which are easier to find.
         earlier: directories of indexes that may be gone on with, the best first; what does not fit is passed over.
+        device: where torch learns the centroids of inverted lists, finds the list of every vector and the true nearest of the
+            queries; None = faiss and numpy do, on the CPU.
 
     Returns:
         count, dim, kind, factory, segments, bytes, bytes_per_vector, build_seconds, taken_over (rows of an earlier index), exam
@@ -80,7 +85,7 @@ def build(
         ConfigError: faiss is missing or installed twice; `max_memory_gb` is too little.
     """
     corpus = Corpus(shards, frugal=kind.max_memory_gb is not None)
-    work = _Work(load_faiss(), kind, kind.chosen(corpus.count, corpus.dim), corpus, out, fingerprint, seed)
+    work = _Work(load_faiss(), kind, kind.chosen(corpus.count, corpus.dim), corpus, out, fingerprint, seed, device)
     exam = None
     for basis in (_basis(work, earlier), None):
         for file in (*out.glob("index*.faiss*"), *out.glob("vectors*.npy*"), out / TRAINED_FILE):
@@ -88,7 +93,7 @@ def build(
         started = time.monotonic()
         made = work.made(basis)
         seconds = time.monotonic() - started
-        exam = exam or Exam.of(corpus, seed, queries)
+        exam = exam or Exam.of(corpus, seed, queries, device=device or "cpu")
         tuned = _tuned(work.kind, lambda kind, made=made: work.searcher(made, kind), exam)
         measured = exam.measure(work.searcher(made, tuned))
         reached = tuned.min_recall is None or measured["recall_at_10"] >= tuned.min_recall
@@ -181,6 +186,7 @@ class _Work:
     out: Path
     fingerprint: str
     seed: int
+    device: str | None
 
     def __post_init__(self) -> None:
         count, dim = self.corpus.count, self.corpus.dim
@@ -272,7 +278,10 @@ class _Work:
             less = f" (max_memory_gb leaves no room for {wanted:,})" if points < wanted else ""
             log.info("index %s: learning from %s of %s vectors%s", kind.kind, f"{points:,}", f"{count:,}", less)
             chosen = np.sort(np.random.default_rng(self.seed).choice(count, size=points, replace=False))
-            index.train(self.corpus.gather(chosen))
+            sample = self.corpus.gather(chosen)
+            if inverted is not None and self.device:
+                inverted.quantizer.add(learned(sample, inverted.nlist, seed=self.seed, device=self.device))
+            index.train(sample)  # faiss leaves centroids that are there as they are
         if not index.is_trained:
             raise ContractError(f"index {kind.kind}: '{self.factory}' has to be trained, but training_points() is 0")
         if points:
@@ -306,7 +315,7 @@ class _Work:
                 vectors = VectorFile(beside, (count, self.corpus.dim), dtype)
             while index.ntotal < count:
                 block = next(blocks)
-                index.add(block)
+                self._add(index, block)
                 if vectors is not None:
                     vectors.append(block)
             if vectors is not None:
@@ -316,6 +325,14 @@ class _Work:
                 index = read_index(self.faiss, name, self.kind.reading_bytes(self.first_rows, self.corpus.dim))
             made.append(Segment(index, None if vectors is None else (VectorReader if self.budget.frugal else read_vectors)(beside)))
         return made
+
+    def _add(self, index: Any, block: np.ndarray) -> None:
+        inverted = self.faiss.try_extract_index_ivf(index)
+        if inverted is None or not self.device:
+            index.add(block)
+            return
+        centroids = inverted.quantizer.reconstruct_n(0, inverted.nlist)
+        add_to_lists(inverted, block, nearest_centroids(block, centroids, device=self.device))
 
 
 @dataclass(frozen=True)
