@@ -110,16 +110,6 @@ def shards(vectors: np.ndarray) -> Callable[[], Any]:
     return walk
 
 
-def exam_of(vectors: np.ndarray, queries: np.ndarray) -> Exam:
-    """With queries that are no documents."""
-    corpus = Corpus(shards(vectors))
-    asked = queries.astype(np.float32)
-    best = np.full((len(asked), 100), -np.inf, dtype=np.float32)
-    for block in corpus.blocks():
-        best = -np.partition(-np.concatenate([best, asked @ block.T], axis=1), 99, axis=1)[:, :100]
-    return Exam(corpus, asked, -np.sort(-best, axis=1), "queries")
-
-
 def ours(spec: dict[str, Any], vectors: np.ndarray, exam: Exam) -> dict[str, Any]:
     """One of our kinds, built and opened as everybody does."""
     kind = resolve("indexes", spec)
@@ -222,7 +212,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         made = windows(count + asked, folder / f"vectors-{count}.npy")
         vectors, queries = made[:count], made[count:]
-        exam = exam_of(vectors, queries)
+        exam = Exam.of(Corpus(shards(vectors)), 0, queries)
         jobs: dict[str, Callable[[], Any]] = {name: lambda spec=spec: ours(spec, vectors, exam) for name, spec in KINDS.items()}
         jobs |= {f"faiss {factory}": lambda factory=factory: plain(factory, vectors, exam) for factory in FACTORIES}
         jobs["datasets, HNSW32"] = lambda: datasets_index(vectors, exam)
