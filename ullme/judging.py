@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from ullme.components import Section, component
+from ullme.journal import Journal
 from ullme.progress import Progress
 from ullme.reranking import Reranker
 
@@ -54,21 +56,19 @@ class Judgement:
 def judge(config: JudgeConfig, context: MiningContext, chosen: Rows, encoder: Callable[[], Encoder] | None) -> Judgement:
     """Have the negatives of every query read, beside its positives.
 
-    encoder: loads the model that the stage was given; None where it was given none, and the judge needs none.
+    encoder: loads the model that the stage was given; None where it was given none, and the judge needs none. What was read is
+    kept in the context's folder, and an interrupted attempt goes on after it.
     """
-    opened = encoder() if encoder is not None and config.reranker.needs_model else None
     kept: Rows = []
     relabelled: list[list[int]] = []
     suspects = right = 0
     chances: list[float] = []
-    with Progress(len(context.queries), "judge negatives", unit="query") as progress:
-        for start in range(0, len(context.queries), AT_ONCE):
-            block = range(start, min(start + AT_ONCE, len(context.queries)))
-            answers = [context.positive_rows(query) for query in block]
-            rows = [[*of, *(row for row, _ in chosen[query])] for query, of in zip(block, answers, strict=True)]
-            texts = [[context.documents[row].content for row in of] for of in rows]
-            scores = config.reranker.scores(opened, [context.queries[query].text for query in block], texts)
-            for of, read, positives in zip(rows, scores, answers, strict=True):
+    answers = [context.positive_rows(query) for query in range(len(context.queries))]
+    every = [[*of, *(row for row, _ in found)] for of, found in zip(answers, chosen, strict=True)]
+    with _Reading(config, context, every, encoder) as reading:
+        for start in range(0, len(every), AT_ONCE):
+            rows = every[start : start + AT_ONCE]
+            for of, read, positives in zip(rows, reading.scores(start), answers[start : start + AT_ONCE], strict=True):
                 count = len(positives)
                 order = count + np.argsort(-read[count:], kind="stable")
                 bar = float(read[:count].min()) - config.margin if count else float("inf")
@@ -80,7 +80,6 @@ def judge(config: JudgeConfig, context: MiningContext, chosen: Rows, encoder: Ca
                 stay = order if config.suspects == "keep" else [place for place in order if read[place] <= bar]
                 kept.append([(of[place], float(read[place])) for place in stay])
                 relabelled.append([of[place] for place in suspected] if config.suspects == "relabel" else [])
-            progress.advance(len(block))
     accuracy, chance = (right / len(chances), float(np.mean(chances))) if chances else (1.0, 1.0)
     found = {
         "kind": config.reranker.kind,
@@ -100,6 +99,41 @@ def judge(config: JudgeConfig, context: MiningContext, chosen: Rows, encoder: Ca
             config.reranker.kind,
         )
     return Judgement(kept, relabelled, found)
+
+
+class _Reading:
+    """The judge at work, query by query. rows: the pool rows that it reads for each."""
+
+    def __init__(
+        self, config: JudgeConfig, context: MiningContext, rows: Sequence[list[int]], encoder: Callable[[], Encoder] | None
+    ) -> None:
+        self._judge, self._context, self._rows = config.reranker, context, rows
+        self._encoder = cache(encoder) if encoder is not None and config.reranker.needs_model else lambda: None
+        self._journal = Journal(context.folder / "judged.jsonl") if context.folder is not None else None
+        self._before = len(self._journal.entries) * AT_ONCE if self._journal else 0
+        self._progress = Progress(len(rows), "judge negatives", unit="query", initial=min(self._before, len(rows)))
+
+    def __enter__(self) -> _Reading:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+        if self._journal:
+            self._journal.__exit__(*error)
+
+    def scores(self, start: int) -> list[np.ndarray]:
+        """Float32[K] of each of the AT_ONCE queries from this one on."""
+        if self._journal and start < self._before:
+            return [np.array(of, dtype=np.float32) for of in self._journal.entries[start // AT_ONCE]]
+        block = range(start, min(start + AT_ONCE, len(self._rows)))
+        texts = [[self._context.documents[row].content for row in self._rows[query]] for query in block]
+        found = self._judge.scores(self._encoder(), [self._context.queries[query].text for query in block], texts)
+        found = [np.asarray(of, dtype=np.float32) for of in found]
+        if self._journal:
+            self._journal.append([of.tolist() for of in found])
+        self._progress.advance(len(block))
+        return found
 
 
 def merged(one: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

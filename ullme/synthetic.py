@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -25,6 +23,7 @@ from ullme.artifacts import Draft, Inputs, Stage, write_atomic
 from ullme.components import Section
 from ullme.data import Dataset, counted, write_tables
 from ullme.errors import DataError
+from ullme.journal import Journal
 from ullme.progress import Progress
 from ullme.records import SPLITS, Document, Query, hash_share, normalise
 
@@ -92,33 +91,19 @@ def synthesise(section: SyntheticConfig, inputs: Inputs, draft: Draft) -> None:
         raise DataError("synthetic: no document that training may see; there is nothing to write queries for")
     if section.max_documents is not None:
         chosen = sorted(chosen, key=lambda document: (hash_share(document.id, "synthetic"), document.id))[: section.max_documents]
-    file = draft.scratch / "written.jsonl"
-    rows = _finished(file)
-    done = len({row["document"] for row in rows})
-    if done < len(chosen):
-        encoder = Encoder.load(inputs["model"])
-        writer = _Writer(section, encoder, data, draft.seed, before=[row["query"] for row in rows])
-        with (
-            Progress(len(chosen), "write queries", unit="document", initial=done) as progress,
-            file.open("a", encoding="utf-8") as out,
-        ):
-            for batch in writer.batches(chosen, done):
-                new = writer.write(batch)
-                out.write(json.dumps(new, ensure_ascii=False) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-                rows += new
-                progress.advance(len(batch))
+    with Journal(draft.scratch / "written.jsonl") as journal:
+        rows = [row for batch in journal.entries for row in batch]
+        done = len({row["document"] for row in rows})
+        if done < len(chosen):
+            encoder = Encoder.load(inputs["model"])
+            writer = _Writer(section, encoder, data, draft.seed, before=[row["query"] for row in rows])
+            with Progress(len(chosen), "write queries", unit="document", initial=done) as progress:
+                for batch in writer.batches(chosen, done):
+                    new = writer.write(batch)
+                    journal.append(new)
+                    rows += new
+                    progress.advance(len(batch))
     _publish(section, data, rows, draft)
-
-
-def _finished(file: Path) -> list[dict[str, Any]]:
-    """What an interrupted attempt wrote. A line that it did not finish is taken away."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        write_atomic(file, "".join(lines))
-    return [row for line in lines for row in json.loads(line)]
 
 
 class _Writer:

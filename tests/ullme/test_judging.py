@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,40 @@ def test_a_judge_no_better_than_chance_is_said(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         judge(JudgeConfig(reranker=Shared()), CONTEXT, CHOSEN, None)
     assert "finds the positive no better than chance" in caplog.text
+
+
+class Failing(Shared):
+    """Reads `left` queries, then nothing more."""
+
+    kind: str = "failing"
+    left: list[int]
+    read: list[str]
+
+    def scores(self, encoder: Encoder | None, queries: Sequence[str], passages: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        if len(self.read) + len(queries) > self.left[0]:
+            raise RuntimeError("power cut")
+        self.read.extend(queries)
+        return [score + 0.1 for score in super().scores(encoder, queries, passages)]
+
+
+def test_what_was_judged_is_not_judged_again(tmp_path: Path) -> None:
+    texts = [f"a{number % 7} b{number % 5} c{number % 3}" for number in range(200)]
+    queries = [Query(f"q{number}", f"a{number % 7} b{number}", "train", {str(number): 1}) for number in range(150)]
+    documents = [Document(str(row), text) for row, text in enumerate(texts)]
+    chosen = [[((number + 11 * step) % 200, 0.5) for step in range(1, 4)] for number in range(150)]
+    whole = JudgeConfig(reranker=Failing(left=[1000], read=[]), suspects="keep")
+    wanted = judge(whole, MiningContext(queries, documents, 0), chosen, None)
+    cut = JudgeConfig(reranker=Failing(left=[130], read=[]), suspects="keep")
+    with pytest.raises(RuntimeError, match="power cut"):
+        judge(cut, MiningContext(queries, documents, 0, folder=tmp_path), chosen, None)
+    file = tmp_path / "judged.jsonl"
+    file.write_text(file.read_text() + "[[0.1, 2")  # a line that was not finished
+    rest = JudgeConfig(reranker=Failing(left=[1000], read=[]), suspects="keep")
+    found = judge(rest, MiningContext(queries, documents, 0, folder=tmp_path), chosen, None)
+    assert found == wanted
+    assert isinstance(cut.reranker, Failing)
+    assert isinstance(rest.reranker, Failing)
+    assert [*cut.reranker.read, *rest.reranker.read] == [query.text for query in queries]
 
 
 JUDGED = {"reranker": {"kind": "generation", "passage_tokens": 24}, "suspects": "relabel"}
