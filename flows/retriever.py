@@ -17,7 +17,7 @@ from ullme.artifacts import ArtifactRef, Store
 from ullme.errors import ArtifactError, ContractError
 from ullme.filters import Filter
 from ullme.neighbours import MISSING_ROW
-from ullme.reranking import FUSED_DEPTH, Reranker, fused
+from ullme.reranking import Reranker, fused, fused_depth
 
 if TYPE_CHECKING:
     from indexes.index import Index
@@ -226,7 +226,7 @@ class Retriever:
 
     def _hybrid(self, texts: Sequence[str], vectors: np.ndarray, k: int, among: np.ndarray | None) -> list[list[tuple[int, float]]]:
         """(row, fused score): passages that the model or BM25 ranks high."""
-        depth = max(FUSED_DEPTH, 2 * k)
+        depth = fused_depth(k)
         dense = self._nearest(vectors, depth, among)
         words = self._lexical(texts, depth, among)
         return [fused([[row for row, _ in ranking], rows]) for ranking, rows in zip(dense, words, strict=True)]

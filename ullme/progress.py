@@ -30,13 +30,13 @@ class Progress:
         )
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more units; `note` is shown beside them."""
+        """Count `count` more units, or none, as a sign of life; `note` is shown beside them."""
         self._done += count
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._logged >= LOG_EVERY_S or self._done >= self._total:
+        elif time.monotonic() - self._logged >= LOG_EVERY_S or (count and self._done >= self._total):
             self._logged = time.monotonic()
             self._log(note)
 

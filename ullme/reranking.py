@@ -14,12 +14,11 @@ from ullme.components import Component
 if TYPE_CHECKING:
     from ullme.encoder import Encoder
 
-__all__ = ["FUSED_DEPTH", "FUSION_CONSTANT", "Reranker", "fused"]
+__all__ = ["FUSION_CONSTANT", "Reranker", "fused", "fused_depth"]
 
 FUSION_CONSTANT = 60
 """k of reciprocal-rank fusion, as its authors set it."""
 FUSED_DEPTH = 100
-"""Of each ranking, the passages that a hybrid search puts together at least."""
 Item = TypeVar("Item", bound=Hashable)
 
 
@@ -40,6 +39,11 @@ class Reranker(Component):
 
         encoder: the released model, or the one that mines; None where there is none.
         """
+
+
+def fused_depth(k: int) -> int:
+    """How many of each ranking are put together where the k best are wanted."""
+    return max(FUSED_DEPTH, 2 * k)
 
 
 def fused(rankings: Sequence[Sequence[Item]]) -> list[tuple[Item, float]]:

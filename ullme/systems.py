@@ -16,7 +16,7 @@ from ullme.encoding import ENCODE, EncodeConfig, open_embeddings
 from ullme.errors import ContractError
 from ullme.lexical import LexicalConfig
 from ullme.neighbours import MISSING_ROW, ExactSearcher, Neighbours, Searcher
-from ullme.reranking import FUSED_DEPTH, fused
+from ullme.reranking import fused, fused_depth
 from ullme.words import words_of
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class HybridSearcher:
 
     def search(self, queries: Sequence[Query], k: int) -> Neighbours:
         """The k best documents of each query."""
-        depth = min(len(self.ids), max(FUSED_DEPTH, 2 * k))
+        depth = min(len(self.ids), fused_depth(k))
         place = {name: row for row, name in enumerate(self.ids)}
         other = np.array([place[name] for name in self.second.ids], dtype=np.int64)
         rankings = [self.first.search(queries, depth).rows, self.second.search(queries, depth).rows]

@@ -43,6 +43,15 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
     ]
 
 
+def test_the_end_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level(logging.INFO)
+    with Progress(4, "encode", unit="text") as counter:
+        counter.advance(4)
+        counter.advance(0)
+    assert len(lines(caplog)) == 1
+
+
 def test_what_was_done_before_a_restart_does_not_count_as_speed(
     clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from ullme.lexical import LexicalConfig
 from ullme.miner import RankingMiner
 from ullme.mining_context import MiningContext
 from ullme.rankers import FusedRanker, Ranker
-from ullme.reranking import FUSED_DEPTH
+from ullme.reranking import fused_depth
 
 __all__ = ["FusedMiner"]
 
@@ -29,7 +29,7 @@ class FusedMiner(RankingMiner):
 
     def ranker(self, context: MiningContext) -> Ranker:
         """Both."""
-        return FusedRanker([context.bm25(self.lexical), context.model], self.by, max(FUSED_DEPTH, 2 * self.depth))
+        return FusedRanker([context.bm25(self.lexical), context.model], self.by, fused_depth(self.depth))
 
     def rankers(self, context: MiningContext) -> list[Ranker]:
         """The two together, and each."""
