@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from indexes.ivf import Ivf
-from indexes.kind import IndexKind, Refine
+from indexes._lists import InvertedLists
+from indexes.kind import Refine
 
 __all__ = ["IvfPq"]
 
@@ -17,12 +16,10 @@ FEWEST = 1_000
 POINTS_PER_CODE = 64 * 256
 
 
-class IvfPq(IndexKind):
+class IvfPq(InvertedLists):
     """Each vector in `pieces` bytes; what it loses, comparing the best candidates once more with fp16 vectors wins back."""
 
     kind: str = "ivfpq"
-    lists: PositiveInt | Literal["auto"] = Field(default="auto", description="number of lists; auto = 4 x sqrt(documents)")
-    nprobe: PositiveInt = Field(default=32, description="lists read per query; higher = better recall, slower search")
     pieces: PositiveInt | Literal["auto"] = Field(
         default="auto", description="bytes per vector, a divisor of its length; auto = the largest below an eighth of the length"
     )
@@ -32,8 +29,7 @@ class IvfPq(IndexKind):
 
     def factory(self, count: int, dim: int) -> str:
         """`IVF<lists>,PQ<pieces>np`, or a byte per component where there is too little to learn from."""
-        lists = Ivf(lists=self.lists).factory(count, dim).partition(",")[0]
-        return f"{lists},SQ8" if count < FEWEST else f"{lists},PQ{self._pieces(dim)}np"
+        return f"{self.list_factory(count)},{'SQ8' if count < FEWEST else f'PQ{self._pieces(dim)}np'}"
 
     def bytes_per_vector(self, dim: int) -> float:
         """Codes and an 8-byte row number."""
@@ -41,26 +37,11 @@ class IvfPq(IndexKind):
 
     def reading_bytes(self, count: int, dim: int) -> int:
         """A table of distances between lists and pieces, though it is not made for inner products."""
-        lists = int(Ivf(lists=self.lists).factory(count, dim).partition(",")[0].removeprefix("IVF"))
-        return 4 * 256 * lists * self._pieces(dim)
+        return 4 * 256 * self.list_count(count) * self._pieces(dim)
 
     def training_points(self, count: int) -> int:
         """Enough for the lists and for 256 centroids per piece."""
-        return min(count, max(Ivf(lists=self.lists).training_points(count), POINTS_PER_CODE))
-
-    @property
-    def knob(self) -> str:
-        """nprobe."""
-        return "nprobe"
-
-    @property
-    def from_disk(self) -> bool:
-        """A search reads the lists nearest to the query."""
-        return True
-
-    def search_parameters(self) -> Mapping[str, float]:
-        """nprobe."""
-        return {"nprobe": self.nprobe}
+        return min(count, max(super().training_points(count), POINTS_PER_CODE))
 
     def _pieces(self, dim: int) -> int:
         if self.pieces != "auto":
