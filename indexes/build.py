@@ -41,7 +41,7 @@ __all__ = ["build", "found_device", "space"]
 
 log = logging.getLogger(__name__)
 
-MOST_SEARCHED = 4_096
+MOST_SEARCHED, MOST_COMPARED = 4_096, 64
 POINTS_PER_CENTROID = 32  # fewer than any kind learns from
 CARD_BYTES, PER_VECTOR_SLACK = 4_000, 1.1
 
@@ -352,17 +352,24 @@ class _Examined:
 
 
 def _tuned(kind: IndexKind, opened: Callable[[IndexKind], Searcher], exam: Exam) -> IndexKind:
-    """The kind that searches no more than `min_recall` takes, on one half of the exam's queries; itself where nothing is asked."""
+    """The kind that searches no more than `min_recall` takes, on one half of the exam's queries; itself where nothing is asked.
+
+    First as many candidates are compared once more as it takes when as much as possible is searched, then less is searched.
+    """
     if kind.min_recall is None or not kind.knob:
         return kind
+
+    def recall(searched: int) -> float:
+        return exam.sure_recall(opened(kind.model_copy(update={kind.knob: searched})))
+
+    while kind.refine and kind.k_factor < MOST_COMPARED and recall(MOST_SEARCHED) < kind.min_recall:
+        kind = kind.model_copy(update={"k_factor": min(MOST_COMPARED, 2 * kind.k_factor)})
     value = 1
-    while True:
-        candidate = kind.model_copy(update={kind.knob: value})
-        reached = exam.sure_recall(opened(candidate))
-        if reached >= kind.min_recall or value >= MOST_SEARCHED:
-            log.info("index %s: %s %d, where recall@10 is %.3f or more", kind.kind, kind.knob, value, reached)
-            return candidate
+    while (reached := recall(value)) < kind.min_recall and value < MOST_SEARCHED:
         value *= 2
+    compared = f" and k_factor {kind.k_factor}" if kind.refine else ""
+    log.info("index %s: %s %d%s, where recall@10 is %.3f or more", kind.kind, kind.knob, value, compared, reached)
+    return kind.model_copy(update={kind.knob: value})
 
 
 def _basis(work: _Work, earlier: Sequence[Path]) -> _Basis | None:
@@ -388,7 +395,7 @@ def _read_basis(path: Path, work: _Work) -> _Basis | None:
     alike = (card["fingerprint"], card["dim"], card["seed"]) == (work.fingerprint, work.corpus.dim, work.seed)
     if card["format"] != FORMAT or not alike or card["asked"] != work.asked.model_dump(mode="json"):
         return None
-    tuned = {work.kind.knob: getattr(work.kind, work.kind.knob)} if work.kind.knob else {}
+    tuned = {name: getattr(work.kind, name) for name in (work.kind.knob, "k_factor") if name}
     if kind.kind != work.kind.kind or kind.model_copy(update=tuned) != work.kind:
         return None
     for name, sha256 in card["files"].items():

@@ -41,7 +41,11 @@ class IndexKind(Component):
     refine: Refine | None = Field(
         default=None, description="vectors kept to compare the best candidates once more: fp32, fp16 or none"
     )
-    k_factor: int = Field(default=4, ge=2, description="candidates compared once more, for each result that is wanted; with refine")
+    k_factor: int = Field(
+        default=4,
+        ge=2,
+        description="candidates compared once more, for each result that is wanted; with refine. More where min_recall takes more",
+    )
     min_recall: float | None = Field(
         default=None,
         gt=0,

@@ -63,6 +63,24 @@ def test_as_little_is_searched_as_the_recall_takes(name: str, field: str, tmp_pa
     assert found[0.5] < found[0.99]
 
 
+def test_as_many_are_compared_once_more_as_the_recall_takes(tmp_path: Path) -> None:
+    vectors = clustered(3_000, 32)
+    found = []
+    for goal in (0.5, 0.9):
+        out = tmp_path / str(goal)
+        out.mkdir()
+        spec = {"kind": "rabitq", "min_recall": goal, "k_factor": 2}
+        meta = build(kind_of(spec), in_shards(vectors), out=out, fingerprint="a" * 64, seed=7)
+        assert meta["recall_at_10"] >= goal - 0.02
+        found.append(Index.open(out).kind.k_factor)
+    assert found[0] == 2
+    assert 2 < found[1] <= 64
+    again = tmp_path / "again"
+    again.mkdir()
+    meta = build(kind_of(spec), in_shards(vectors[:-10]), out=again, fingerprint="a" * 64, seed=7, earlier=[tmp_path / "0.9"])
+    assert meta["taken_over"] == 2_990
+
+
 def test_a_recall_that_is_not_reached_is_said(built, caplog: pytest.LogCaptureFixture) -> None:
     built({"kind": "ivfpq", "refine": None, "pieces": 1, "min_recall": 0.99}, clustered(3_000, 32))
     assert "and min_recall 0.99 was asked for" in caplog.text
