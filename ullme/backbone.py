@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16"]
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
+SETTINGS_FILES = ("*.json", "*/*.json")
+FETCHED = (*(f"*{suffix}" for suffix in sorted(MODEL_FILES - {".bin"})), "*/*.safetensors", *SETTINGS_FILES)
 PoolingKind = Literal["mean", "weighted_mean", "last", "first", "max", "latent_attention", "special"]
 TINY_PARAMETERS = {"llama": 90_560}  # other families bring sizes of their own
 TOKENIZER_GROWTH = 3  # a tokenizer as JSON, against the same in a GGUF file
@@ -182,10 +184,10 @@ def _source_digest(config: BackboneConfig) -> str:
     return f"{spec}@{config.revision}"
 
 
-def fetch(spec: str, revision: str | None = None, *, what: str = "backbone.model") -> Path | None:
+def fetch(spec: str, revision: str | None = None, *, what: str = "backbone.model", files: Sequence[str] = FETCHED) -> Path | None:
     """The folder that a model lies in, downloaded from the hub where it is not on this machine; None for what is no folder.
 
-    what: whom an error speaks of.
+    what: whom an error speaks of. files: patterns of what is downloaded.
 
     Raises:
         ConfigError: no such folder, or the hub does not answer or does not have it.
@@ -200,8 +202,7 @@ def fetch(spec: str, revision: str | None = None, *, what: str = "backbone.model
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*(f"*{suffix}" for suffix in sorted(MODEL_FILES - {".bin"})), "*/*.safetensors", "*/*.json"]
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise _unreachable(spec, error, what) from error
 
@@ -331,9 +332,32 @@ def prepare_backbone(config: BackboneConfig, inputs: Inputs, draft: Draft) -> No
     draft.restart()
     config = config.resolved()
     encoder = embedder(config)
+    _tell_of_other_settings(config)
     encoder.save(draft.path)
     parameters = sum(weight.numel() for weight in encoder.model.parameters())
     draft.meta = {"dim": encoder.dim, "parameters": parameters, "dtype": str(config.dtype)}
+
+
+def _tell_of_other_settings(config: BackboneConfig) -> None:
+    """Warn where a ready embedder is to be used otherwise than it was trained."""
+    from ullme.folder import ready_settings
+
+    folder = fetch(config.model, config.revision, files=SETTINGS_FILES)
+    ready = ready_settings(folder) if folder is not None else None
+    if ready is None:
+        return
+    ours = {"pooling": config.pooling, "prompts.query": config.prompts.query, "prompts.document": config.prompts.document}
+    theirs = {"pooling": ready[0], "prompts.query": ready[1].query, "prompts.document": ready[1].document}
+    other = [name for name, value in theirs.items() if ours[name] != value]
+    if other:
+        logger.warning(
+            "backbone: %s is a ready embedder, made with %s, and is used with %s: untrained it is worse than it could be; "
+            "set backbone.{%s}",
+            config.model,
+            ", ".join(f"{name} {theirs[name]!r}" for name in other),
+            ", ".join(f"{name} {ours[name]!r}" for name in other),
+            ", ".join(other),
+        )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ullme.special import SpecialTokens
 if TYPE_CHECKING:
     from ullme.encoder import Encoder, EncoderConfig
 
-__all__ = ["ForeignPooling", "auto_class", "is_sentence_folder", "read", "read_foreign", "write"]
+__all__ = ["ForeignPooling", "auto_class", "is_sentence_folder", "read", "read_foreign", "ready_settings", "write"]
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +342,16 @@ def read_foreign(folder: Path, *, device: torch.device | str, dtype: str = "floa
         ) from error
     pooler = ForeignPooling(rest, _their_dim(rest)) if rest else None
     return Encoder(model.to(device), tokenizer, config, pooler=pooler.to(device) if pooler else None)
+
+
+def ready_settings(folder: Path) -> tuple[str, PromptConfig] | None:
+    """Pooling and prompts that a sentence-transformers folder says its vectors are made with; None = it is no plain one."""
+    try:
+        chain = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        pooling, _, rest = _their_pooling(folder, chain[1:])
+        return None if rest else (pooling, _their_prompts(folder))
+    except (*DAMAGED, ImportError):
+        return None
 
 
 def _their_pooling(folder: Path, chain: Sequence[dict[str, Any]]) -> tuple[str, bool, list[Any]]:

@@ -306,3 +306,37 @@ def test_prompts_are_kept_by_role(tmp_path: Path) -> None:
     prompts = PromptConfig(query="Q:\n", document="D:\n")
     ref = Store(tmp_path).produce(BACKBONE, tiny(prompts=prompts), {}, seed=0)
     assert Encoder.load(ref.path).config.prompts == prompts
+
+
+# ready embedders
+
+
+def ready(folder: Path, mode: str, prompts: dict[str, str]) -> Path:
+    """A sentence-transformers folder of a tiny model."""
+    model, tokenizer = tiny_causal_lm("llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Pooling": "sentence_transformers.models.Pooling"}
+    chain = [{"idx": place, "name": str(place), "path": path, "type": kind} for place, (path, kind) in enumerate(kinds.items())]
+    (folder / "modules.json").write_text(json.dumps(chain))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, "pooling_mode": mode}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    return folder
+
+
+def test_a_ready_embedder_that_is_used_otherwise_is_told(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    folder = ready(tmp_path / "ready", "lasttoken", {"query": "Find: ", "document": ""})
+    store.produce(BACKBONE, tiny(model=str(folder)).resolved(), {}, seed=0)
+    assert (
+        "is a ready embedder, made with pooling 'last', prompts.query 'Find: ', and is used with pooling 'mean', "
+        r"prompts.query 'Query:\n': untrained it is worse than it could be; set backbone.{pooling, prompts.query}"
+    ) in caplog.text
+
+
+def test_nothing_is_told_of_one_that_is_used_as_it_was_made(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    folder = ready(tmp_path / "ready", "lasttoken", {"query": "Find: \n"})
+    config = tiny(model=str(folder), pooling="last", prompts={"query": "Find: \n"})
+    store.produce(BACKBONE, config.resolved(), {}, seed=0)
+    store.produce(BACKBONE, tiny().resolved(), {}, seed=0)
+    assert "ready embedder" not in caplog.text
