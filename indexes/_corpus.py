@@ -24,7 +24,7 @@ __all__ = [
 
 BLOCK_ROWS, BLOCK_BYTES = 16_384, 2**24
 DIGEST_BYTES = 16
-GATHERED_BYTES = 2**25  # of candidates that are compared at once
+GATHERED_BYTES = 2**24  # of candidates that are compared at once
 NORM_TOLERANCE = 0.02  # unit vectors stored as float16 stay within 0.001
 
 Shards = Callable[[], Iterable[tuple[Sequence[str], np.ndarray]]]
