@@ -117,7 +117,8 @@ def ours(spec: dict[str, Any], vectors: np.ndarray, exam: Exam) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         meta = build(kind, shards(vectors), out=Path(folder), fingerprint="bench", seed=0, queries=exam.queries)
         index = Index.open(folder)
-        fields = {name: getattr(index.kind, name) for name in ("nprobe", "ef_search") if hasattr(index.kind, name)}
+        searched = ("nprobe", "ef_search", *(("k_factor",) if index.kind.refine else ()))
+        fields = {name: getattr(index.kind, name) for name in searched if hasattr(index.kind, name)}
         return {
             "built": meta["factory"],
             **fields,
