@@ -356,16 +356,17 @@ def _tuned(kind: IndexKind, opened: Callable[[IndexKind], Searcher], exam: Exam)
 
     First as many candidates are compared once more as it takes when as much as possible is searched, then less is searched.
     """
-    if kind.min_recall is None or not kind.knob:
+    goal = kind.min_recall
+    if goal is None or not kind.knob:
         return kind
 
     def recall(searched: int) -> float:
         return exam.sure_recall(opened(kind.model_copy(update={kind.knob: searched})))
 
-    while kind.refine and kind.k_factor < MOST_COMPARED and recall(MOST_SEARCHED) < kind.min_recall:
+    while kind.refine and kind.k_factor < MOST_COMPARED and recall(MOST_SEARCHED) < goal:
         kind = kind.model_copy(update={"k_factor": min(MOST_COMPARED, 2 * kind.k_factor)})
     value = 1
-    while (reached := recall(value)) < kind.min_recall and value < MOST_SEARCHED:
+    while (reached := recall(value)) < goal and value < MOST_SEARCHED:
         value *= 2
     compared = f" and k_factor {kind.k_factor}" if kind.refine else ""
     log.info("index %s: %s %d%s, where recall@10 is %.3f or more", kind.kind, kind.knob, value, compared, reached)
