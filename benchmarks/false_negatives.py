@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from encode import NOT_RUN, SMOLLM2, machine
+from encode import NOT_RUN, SMOLLM2
 from mine import MINILM
 from runs import Runs, experiment
 
@@ -187,7 +187,7 @@ def overlap(one: set[str], other: set[str]) -> float:
 def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known after each part."""
     kinds = tuple(KINDS) if bench.effort.every_kind else ("random", "bm25", "topk")
-    result: dict[str, Any] = {"effort": vars(bench.effort), "machine": machine(), SHARE: {}, TRAINING: {}}
+    result: dict[str, Any] = {SHARE: {}, TRAINING: {}}
     for collection in COLLECTIONS:
         rows = {kind: runs.row(SHARE, collection, kind, 0) for kind in kinds}
         result[SHARE][collection] = {
@@ -200,7 +200,7 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
             }
             for kind, row in rows.items()
         }
-        yield {**result, "hours": runs.hours}
+        yield result
     trained = {
         kind: [runs.row(TRAINING, COLLECTIONS[0], kind, seed) for seed in bench.effort.seeds] for kind in TRAINED if kind in kinds
     }
@@ -219,7 +219,7 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
             "over_random": round(compared.difference, 4),
             "p": round(compared.p, 4),
         }
-    yield {**result, "hours": runs.hours}
+    yield result
 
 
 def averaged(rows: Sequence[Mapping[str, Any] | None]) -> dict[str, float] | None:
@@ -249,8 +249,7 @@ def tables(result: Mapping[str, Any]) -> str:
             continue
         spread = "" if row["spread"] is None else f"{row['spread']:.3f}"
         lines.append(f"| {kind} | {row['mean']:.3f} | {spread} | {row['over_random']:+.3f} | {row['p']:.4f} |")
-    where = result["machine"]
-    return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What each kind of index finds, how fast, in how many bytes: real vectors, queries from texts that it has not seen.
 
     python benchmarks/index.py --work index-work --json index.json          200,000 vectors; some 30 minutes on two cores; resumes
-    python benchmarks/index.py --count 1000000 --only flat,ivf --work index-work --json index-large.json     an hour more
+    python benchmarks/index.py --count 1000000 --only flat,ivf --work index-work --json index_large.json     an hour more
     python benchmarks/index.py --quick                                       4,000 vectors, under 5 minutes
 
 Vectors: functions of the standard library, and of the installed packages where those are too few, their tokens laid end to end and

@@ -3,12 +3,13 @@
     python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md      some 6 hours
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct, texts of at most 128 tokens, LoRA of
-rank 16, merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training
+Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct in float32, texts of at most 128 tokens, LoRA
+of rank 16, merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training
 modules of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
 wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
 
-    LLM2Vec (arXiv 2404.05961)   bidirectional: MNTP in three doses, SimCSE after it and alone, pairs after both and alone
+    LLM2Vec (arXiv 2404.05961)   bidirectional: MNTP in three doses, each going on from the one before; SimCSE after the first of
+                                 them and alone, pairs after both and alone
     GEM (arXiv 2506.04344)       special tokens: next tokens, then with the contrastive term; 1 and 5 tokens; a frozen trunk
 
 p: two-sided paired randomisation over queries against the system it is compared with, scores averaged over seeds.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encode import NOT_RUN, SMOLLM2, machine
+from encode import NOT_RUN, SMOLLM2
 from runs import Runs, experiment
 
 from ullme.artifacts import ArtifactRef, Store
@@ -43,21 +44,23 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Effort:
-    """How long everything takes. doses: tokens of documents."""
+    """How long everything takes. doses: tokens of documents; of MNTP, then of the other phases."""
 
-    queries: int = 600
-    documents: int | None = None
+    queries: int = 300
+    documents: int = 500
     doses: tuple[int, ...] = (100_000, 250_000, 500_000)
-    contrastive_dose: int = 250_000
-    pair_steps: int = 48
+    simcse_dose: int = 50_000
+    gem_dose: int = 50_000
+    pair_steps: int = 24
     windows: int = 40
-    passages: int = 300
-    questions: int = 150
+    passages: int = 200
+    questions: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     every_system: bool = True
+    dtype: str = "float32"  # on every machine, so that the runs of several may stand in one table
 
 
-QUICK = Effort(40, 120, (6_000,), 6_000, 2, 2, 8, 4, (0,), every_system=False)
+QUICK = Effort(40, 120, (6_000,), 6_000, 6_000, 2, 2, 8, 4, (0,), every_system=False)
 LORA = {"rank": 16, "alpha": 32}
 LLM2VEC = {"attention": "bidirectional", "pooling": "mean"}
 MNTP = {"objective": {"kind": "mntp"}, "learning_rate": 3e-4}
@@ -88,31 +91,33 @@ class System:
 
 def systems(effort: Effort) -> list[System]:
     """All of them, each after what it is compared with."""
-    most, contrastive = effort.doses[-1], effort.contrastive_dose
-    rising_alpha = {"alpha": [0.0, 1.0], "alpha_after": 0, "alpha_steps": steps_of(contrastive) // 2}
+    further = [(MNTP, dose - before) for before, dose in zip((0, *effort.doses), effort.doses, strict=False)]
+    first, simcse = f"MNTP {effort.doses[0]:,} tokens", (SIMCSE, effort.simcse_dose)
+    rising_alpha = {"alpha": [0.0, 1.0], "alpha_after": 0, "alpha_steps": steps_of(effort.gem_dose) // 2}
     rising = {"objective": {"kind": "gem", **rising_alpha}, "learning_rate": 3e-4}
     causal, bidirectional = {"attention": "causal", "pooling": "mean"}, "bidirectional, untrained"
     found = [
         System("causal, untrained", causal),
         System("causal, last token, untrained", {"attention": "causal", "pooling": "last"}),
         System(bidirectional, LLM2VEC, against="causal, untrained"),
-        *(System(f"MNTP {dose:,} tokens", LLM2VEC, ((MNTP, dose),), bidirectional) for dose in effort.doses),
-        System("SimCSE alone", LLM2VEC, ((SIMCSE, contrastive),), bidirectional),
-        System("MNTP + SimCSE", LLM2VEC, ((MNTP, most), (SIMCSE, contrastive)), f"MNTP {most:,} tokens", repeated=True),
-        System("pairs alone", LLM2VEC, ((PAIRS, None),), bidirectional),
-        System(
-            "MNTP + SimCSE + pairs", LLM2VEC, ((MNTP, most), (SIMCSE, contrastive), (PAIRS, None)), "pairs alone", repeated=True
+        *(
+            System(f"MNTP {dose:,} tokens", LLM2VEC, tuple(further[: place + 1]), bidirectional)
+            for place, dose in enumerate(effort.doses)
         ),
+        System("SimCSE alone", LLM2VEC, (simcse,), bidirectional),
+        System("MNTP + SimCSE", LLM2VEC, (further[0], simcse), first, repeated=True),
+        System("pairs alone", LLM2VEC, ((PAIRS, None),), bidirectional, repeated=True),
+        System("MNTP + SimCSE + pairs", LLM2VEC, (further[0], simcse, (PAIRS, None)), "pairs alone", repeated=True),
     ]
     for count in (1, 5):
         called = f"GEM, {count} token{'s' * (count > 1)}"
-        backbone, after = gem(count), ((NTP, contrastive), (rising, contrastive))
+        backbone, after = gem(count), ((NTP, effort.gem_dose), (rising, effort.gem_dose))
         found += [
             System(f"{called}, untrained", backbone, against="causal, last token, untrained"),
-            System(f"{called}, next tokens", backbone, ((NTP, contrastive),), f"{called}, untrained"),
+            System(f"{called}, next tokens", backbone, after[:1], f"{called}, untrained"),
             System(f"{called}, + contrastive", backbone, after, f"{called}, next tokens", repeated=count == 1),
         ]
-    fixed = ((rising, contrastive),)
+    fixed = ((rising, effort.gem_dose),)
     found.append(System("GEM, frozen trunk", gem(1, head=True), fixed, "GEM, 1 token, untrained", repeated=True, frozen=True))
     return found if effort.every_system else [found[2], found[3], found[-4], found[-1]]
 
@@ -135,14 +140,16 @@ class Bench:
         section = {"source": {"kind": "pydocs", "candidates": "test"}, "max_test_queries": self.effort.queries}
         config = DataConfig.model_validate({**section, "max_documents": self.effort.documents}).resolved()
         data = self.store.produce(PREPARE, config, {}, seed=0)
-        base = BackboneConfig.model_validate({"model": SMOLLM2, "max_tokens": 128, **system.backbone})
+        fields = {"model": SMOLLM2, "dtype": self.effort.dtype, "max_tokens": 128, **system.backbone}
+        base = BackboneConfig.model_validate(fields)
         model = self.store.produce(BACKBONE, base.resolved(), {}, seed=0)
         texts = read_texts(data.path)
         length = statistics.fmean(self._lengths(model, [text.query for text in texts[:1000]]))
         seconds = []
-        for phase, dose in system.phases:
+        for number, (phase, dose) in enumerate(system.phases):
             steps = self.effort.pair_steps if dose is None else steps_of(dose, length)
-            model = self._trained(system, {**phase, "steps": steps, "batch_size": BATCH}, data, model, seed)
+            draw = seed + number * len(self.effort.seeds)  # phases of one seed read the texts in different orders
+            model = self._trained(system, {**phase, "steps": steps, "batch_size": BATCH}, data, model, draw)
             seconds.append(model.meta["train_seconds"])
         inputs = {"data": data, "model": model}
         inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
@@ -220,7 +227,7 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
             compared = paired_randomisation(averaged[system.name], averaged[system.against])
             row |= {"against": system.against, "difference": round(compared.difference, 4), "p": round(compared.p, 4)}
         rows[system.name] = row
-    yield {"effort": vars(effort), "machine": machine(), "queries": len(counted), "hours": runs.hours, "rows": rows}
+    yield {"queries": len(counted), "rows": rows}
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -237,8 +244,7 @@ def tables(result: Mapping[str, Any]) -> str:
         against = [row["against"], f"{row['difference']:+.3f}", f"{row['p']:.4f}"] if "against" in row else ["", "", ""]
         language = [values if values == NOT_RUN else f"{statistics.fmean(values):.3g}" for values in row["language"].values()]
         lines.append(f"| {' | '.join([name, f'{row[METRIC]:.3f}{spread}', *against, *language])} |")
-    where = result["machine"]
-    return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from encode import NOT_RUN, SMOLLM2, machine
+from encode import NOT_RUN, SMOLLM2
 from runs import Runs, experiment
 
 from ullme.artifacts import ArtifactRef, Store
@@ -282,16 +282,15 @@ def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: st
 
 def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
     """What is known after each part."""
-    result: dict[str, Any] = {"effort": vars(bench.effort), "machine": machine()}
-    result["screen"] = screen(runs, bench)
+    screened = screen(runs, bench)
     confirmed: dict[str, Any] = dict.fromkeys(("pydocs", "squad_sent"), NOT_RUN)
-    result["confirmation"] = confirmed
-    yield {**result, "hours": runs.hours}
-    best = result["screen"]["best_grl"]
+    result = {"screen": screened, "confirmation": confirmed}
+    yield result
+    best = screened["best_grl"]
     for name in confirmed if best else ():
         if name in bench.collections:
             confirmed[name] = confirm(runs, bench.effort.seeds, bench.collections[name], best)
-            yield {**result, "hours": runs.hours}
+            yield result
 
 
 # For people
@@ -327,8 +326,7 @@ def tables(result: Mapping[str, Any]) -> str:
             between = "" if row["interval"] is None else f"{row['interval'][0]:+.3f} .. {row['interval'][1]:+.3f}"
             chance = "" if row["p"] is None else f"{row['p']:.4f}"
             lines.append(f"| {name} | {row['mean']:.3f} | {spread} | {over} | {between} | {chance} |")
-    where = result["machine"]
-    return "\n".join([*lines, "", f"{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.", ""])
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from encode import machine
+
 from ullme.artifacts import write_atomic
+from ullme.heap import HEAP
 
 __all__ = ["Runs", "experiment"]
 
@@ -61,7 +65,7 @@ class Runs:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="ullme-run-") as scratch:
             answer = Path(scratch) / "row.json"
-            subprocess.run([*self._start, "--one", key, "--answer", str(answer)], check=True)
+            subprocess.run([*self._start, "--one", key, "--answer", str(answer)], check=True, env={**os.environ, **HEAP})
             row = json.loads(answer.read_text(encoding="utf-8"))
         seconds = time.monotonic() - started
         per_query = dict(sorted(row.pop("per_query").items()))
@@ -110,7 +114,8 @@ def experiment(
     """The command line of an experiment: run what is missing, print, and write JSON and tables after every part.
 
     efforts: dataclasses of what the runs of one file have in common, in full and for --quick; bench: (folder to work in, effort,
-    --data) -> what makes one run, in a process of its own, by `run(*name)`; everything: what is known so far, part by part.
+    --data) -> what makes one run, in a process of its own, by `run(*name)`; everything: what is known so far, part by part; tables:
+    that in Markdown.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the collections; what needs them is otherwise left out")
@@ -136,8 +141,10 @@ def experiment(
         file = arguments.json.with_suffix(".runs.jsonl") if arguments.json else folder / "runs.jsonl"
         runs = Runs(file, start, vars(effort), time.monotonic() + 3600 * arguments.hours)
         text = ""
-        for result in everything(runs, bench(folder, effort, arguments.data)):
-            text = tables(result)
+        for part in everything(runs, bench(folder, effort, arguments.data)):
+            where = machine()
+            result = {"effort": vars(effort), "machine": where, **part, "hours": runs.hours}
+            text = f"{tables(part)}\n\n{runs.hours} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.\n"
             if arguments.json:
                 write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
             if arguments.write:
