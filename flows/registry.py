@@ -60,8 +60,9 @@ class Version:
 class Registry:
     """Releases under one name of an MLflow model registry."""
 
-    def __init__(self, client: MlflowClient, name: str) -> None:
-        self._client, self.name = client, name
+    def __init__(self, client: MlflowClient, name: str, *, description: str = "") -> None:
+        """description: of the versions that are registered from now on."""
+        self._client, self.name, self._description = client, name, description
 
     @classmethod
     def at(cls, config: TrackingConfig, store: Path) -> Registry:
@@ -70,7 +71,7 @@ class Registry:
         Raises:
             ConfigError: it cannot be reached.
         """
-        return cls(connect(config.address(store)), config.model_name)
+        return cls(connect(config.address(store)), config.model_name, description=config.description)
 
     def holder(self, alias: str) -> Version | None:
         """The version that holds an alias, or None.
@@ -137,7 +138,13 @@ class Registry:
             self._client.create_registered_model(self.name)
         tags = {**release.digests, "release": bare.model_dump_json()[:TAG_CHARACTERS]}
         made = self._client.create_model_version(
-            self.name, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id, await_creation_for=0
+            self.name,
+            logged.model_uri,
+            run_id=run_id,
+            tags=tags,
+            description=self._description or None,
+            model_id=logged.model_id,
+            await_creation_for=0,
         )
         return Version(self.name, int(made.version), bare)
 

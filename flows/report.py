@@ -38,7 +38,7 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
     scores, intervals: system -> task -> metric; index_scores, index_intervals: the same through the index; hybrid_scores,
     hybrid_intervals: together with BM25. queries, documents: task -> count. comparisons: the tuned model against each other system
     by the promotion's metric. stages: name -> status (reused | ran), seconds, artifact. texts_encoded: by the released model.
-    released: name, version, champion, why, model and index.
+    released: name, version, champion, why, model and index. description: the configuration's own words about it.
     """
     config = pipeline.config
     refs = pipeline.reports()
@@ -78,6 +78,7 @@ def summarise(pipeline: Pipeline, stages: Mapping[str, Any], promotion: Promotio
             "model": str(pipeline.made[pipeline.released_model]),
             "index": str(pipeline.made["index"]),
         },
+        "description": config.tracking.description,
         "texts_encoded": _texts_encoded(pipeline, stages),
         "question": _question(pipeline),
         "store": str(config.store),
@@ -171,6 +172,8 @@ def show(summary: Mapping[str, Any], console: Console, *, search: str) -> None:
             f"\\[{found['low']:+.3f}, {found['high']:+.3f}], p {found['p']:.4f}",
             highlight=False,
         )
+    if summary["description"]:
+        console.print(summary["description"].strip(), highlight=False, markup=False)
     _print_stages(summary, console)
     released = summary["released"]
     state = "new champion" if released["promoted"] else "champion as before" if released["champion"] else "not the champion"

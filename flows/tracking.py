@@ -44,12 +44,14 @@ PARAMETER_CHARACTERS = 5_000
 class TrackingConfig(Section):
     """Where runs are recorded and under which name model and index are released.
 
-    uri: of an MLflow server or database; empty means SQLite inside the store, artifacts beside it.
+    uri: of an MLflow server or database; empty means SQLite inside the store, artifacts beside it. description: what readers should
+    know of these releases; it stands in the registry beside every version, and at the end of a run.
     """
 
     uri: str = ""
     experiment: str = Field(default="ullme", min_length=1)
     model_name: str = Field(default="ullme", min_length=1, pattern=r"^[^/:]+$")
+    description: str = ""
 
     def address(self, store: Path) -> str:
         """The URI, with the default filled in."""

@@ -33,6 +33,7 @@ SUMMARY: dict[str, Any] = {
     "task": "retrieval",
     "comparisons": {"base": {"difference": 0.3, "low": 0.25, "high": 0.35, "p": 0.0001}},
     "stages": {"data": {"status": "reused", "seconds": 0.1, "artifact": "data/abc"}},
+    "description": "the [better] one",
     "texts_encoded": 25,
     "released": {
         "name": "ullme", "version": 2, "promoted": True, "champion": True, "created": True, "why": "better than [its] base", "model": "m", "index": "i",
@@ -65,6 +66,7 @@ def test_the_end_says_what_was_measured_released_and_what_to_do_next() -> None:
         "[0.350, 0.450]",
         "tuned - base: ndcg_at_10 +0.300 [+0.250, +0.350], p 0.0001",
         "control of retrieval: shuffled 0.004",
+        "the [better] one",
         "reused",
         "25 texts encoded; the vectors of the others were there",
         "ullme version 2, new champion: better than [its] base",

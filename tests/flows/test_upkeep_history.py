@@ -280,3 +280,11 @@ def test_a_server_that_does_not_answer_is_not_taken_for_an_empty_registry(
 
     with pytest.raises(MlflowException):
         registry.champion()
+
+
+def test_a_version_carries_the_description_of_its_configuration(scene: Scene) -> None:
+    described = Registry.at(TrackingConfig(model_name="test", description="functions, by their docstrings"), scene.store.root)
+    registered = [registry.register(scene.release(), run_id=None) for registry in (described, scene.registry)]
+    client = connect(scene.tracking.address(scene.store.root))
+    found = [client.get_model_version("test", str(version.number)).description for version in registered]
+    assert found == ["functions, by their docstrings", None]
