@@ -39,7 +39,7 @@ from ullme.components import Section
 from ullme.distributed import is_sharded
 from ullme.engine import batch_tokens_for, stream
 from ullme.errors import ArtifactError, ConfigError, ContractError
-from ullme.fused import ordered_weights
+from ullme.fused import is_compiled, ordered_weights
 from ullme.heap import kept_memory
 from ullme.language_model import chosen, proven_head, summed_logprobs, written
 from ullme.latent import LatentAttention
@@ -51,7 +51,7 @@ from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role, chat_parts, places_of
 from ullme.shared_prefix import continued_states, shares_prefix
 from ullme.special import SpecialTokens
-from ullme.varlen import Packing, is_compiled, pack, packed_at_once, proven_packing, unpack
+from ullme.varlen import Packing, pack, packed_at_once, proven_packing, unpack
 
 if TYPE_CHECKING:
     from ullme.training import LoraConfig

@@ -23,7 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["fused_layers", "ordered_weights"]
+from ullme.attention import decoder_layers
+from ullme.distributed import is_sharded
+
+__all__ = ["fused_layers", "is_compiled", "ordered_weights"]
 
 Forward = Callable[[Tensor], Tensor]
 PROBE_ROWS = 8
@@ -71,9 +74,13 @@ def _product(layer: Any, ordered: Tensor) -> Forward:
 
 @contextmanager
 def fused_layers(trunk: nn.Module) -> Iterator[None]:
-    """The trunk's layers computed so, as long as the block lasts: on a CPU, without gradient. Not for compiled layers."""
+    """The trunk's layers computed so, as long as the block lasts: on a CPU, without gradient, neither compiled nor in pieces, and
+    not in float64, which is for where every digit counts.
+    """
     replaced = []
-    if next(trunk.parameters()).device.type == "cpu" and not torch.is_grad_enabled():
+    weight = next(trunk.parameters())
+    fitting = weight.device.type == "cpu" and weight.dtype != torch.float64 and not any(map(is_sharded, trunk.parameters()))
+    if fitting and not torch.is_grad_enabled() and not is_compiled(trunk):
         for module in trunk.modules():
             if "forward" in vars(module) or (forward := _forward_of(module)) is None:
                 continue
@@ -90,6 +97,11 @@ def fused_layers(trunk: nn.Module) -> Iterator[None]:
             del module.forward
         if rotation is not None:
             setattr(source, ROTATION, rotation.own)
+
+
+def is_compiled(inner: nn.Module) -> bool:
+    """Whether its layers were compiled."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(inner))
 
 
 def _forward_of(module: nn.Module) -> Forward | None:

@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ullme.attention import trunk
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.distributed import current
 from ullme.encoder import Encoder
+from ullme.fused import fused_layers
 from ullme.losses import entropy
 from ullme.scoring import GenerationScore
 
@@ -63,13 +65,14 @@ def logprobs(encoder: Encoder, rows: Rows, *, chunk_tokens: int) -> Logprobs:
     tokens = torch.zeros(len(rows) * width, device=encoder.device, dtype=torch.long)
     together = current()
     lengths = [len(row) for row in different]
-    for chunk, counts in together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens))):
-        sums, scored = encoder.sequence_logprobs(encoder.collate([different[index] for index in chunk]))
-        total = total.to(sums.dtype)
-        if counts:
-            flat = torch.tensor([place for index in chunk for place in where[index]], device=encoder.device)
-            each = torch.tensor([number for number, index in enumerate(chunk) for _ in where[index]], device=encoder.device)
-            total[flat], tokens[flat] = sums[each], scored[each]
+    with fused_layers(trunk(encoder.model)):
+        for chunk, counts in together.turns(chunk_by_tokens(lengths, together.budget(lengths, chunk_tokens))):
+            sums, scored = encoder.sequence_logprobs(encoder.collate([different[index] for index in chunk]))
+            total = total.to(sums.dtype)
+            if counts:
+                flat = torch.tensor([place for index in chunk for place in where[index]], device=encoder.device)
+                each = torch.tensor([number for number, index in enumerate(chunk) for _ in where[index]], device=encoder.device)
+                total[flat], tokens[flat] = sums[each], scored[each]
     together.add(total, tokens)
     shape = (len(rows), width)
     return Logprobs(total.view(shape), tokens.view(shape), sum(map(len, different)))

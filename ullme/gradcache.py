@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ullme.attention import trunk
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.distributed import current
 from ullme.encoder import Encoder
 from ullme.errors import ContractError
+from ullme.fused import fused_layers
 from ullme.generation import Logprobs, logprobs, passage_rows, teacher_scores
 from ullme.losses import entropy
 from ullme.objectives import Objective
@@ -34,6 +36,9 @@ from ullme.prediction import PredictedRow
 from ullme.scoring import GenerationScore
 
 __all__ = ["CandidateLogprobs", "Representations", "StepReport", "TrainBatch", "step"]
+
+FREE = 4
+"""How many times as many tokens a pass may have that keeps nothing for a gradient, and so holds far less per token."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +304,7 @@ def _generation(
     elif reads and batch.score != "passage_given_query":
         given = Logprobs(found.total, found.tokens, 0)
         teacher, cost = teacher_scores(
-            encoder, batch.score, given=given, alone=batch.alone, questions=batch.questions, chunk_tokens=chunk_tokens
+            encoder, batch.score, given=given, alone=batch.alone, questions=batch.questions, chunk_tokens=FREE * chunk_tokens
         )
         found, tokens = replace(found, teacher=teacher), tokens + cost
     return found, tokens
@@ -327,26 +332,21 @@ def _passages(
     baseline, cost = _baseline(encoder, batch, chunk_tokens=chunk_tokens) if objective.uses_mismatched else (None, 0)
     longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
     found = _nothing(encoder, batch, grouped)
-    stored = None if batch.reference is None else torch.as_tensor(batch.reference, device=encoder.device)
-    live = objective.uses_reference and stored is None
+    reference = None if batch.reference is None else torch.as_tensor(batch.reference, device=encoder.device)
+    live = objective.uses_reference and reference is None
+    if live:
+        reference = _reference(encoder, grouped, width, chunk_tokens=FREE * chunk_tokens)
     parts: list[tuple[list[int], CandidateLogprobs]] = []
     sums: dict[str, Tensor] = {}
     for chunk, counts in together.turns(chunk_by_tokens(longest, together.budget(longest, chunk_tokens))):
-        rows = [[row for row in grouped[g] if row is not None] for g in chunk]
-        places = [i * width + k for i, g in enumerate(chunk) for k, row in enumerate(grouped[g]) if row is not None]
-        where = torch.tensor(places, device=encoder.device)
-        reference = None if stored is None else stored[chunk]
-        if live:
-            with torch.no_grad(), encoder.reference():
-                reference = _spread(encoder.candidate_logprobs(rows)[0], where, (len(chunk), width))
         with torch.set_grad_enabled(objective.trains_generation):
-            total, lengths = encoder.candidate_logprobs(rows)
+            total, lengths = _candidate_logprobs(encoder, [grouped[g] for g in chunk], width)
         scores = CandidateLogprobs(
             found.rows[chunk],
-            _spread(total, where, (len(chunk), width)),
-            _spread(lengths, where, (len(chunk), width)),
+            total,
+            lengths,
             found.present[chunk],
-            reference,
+            None if reference is None else reference[chunk],
             baseline=baseline,
         )
         losses = objective.generation_loss(scores)
@@ -357,18 +357,32 @@ def _passages(
                 sums[name] = sums.get(name, torch.zeros((), device=encoder.device)) + value.detach().sum() * share
         parts.append((chunk if counts else [], replace(scores, total=scores.total.detach())))
     total, lengths = parts[0][1].total.new_zeros(found.total.shape), torch.zeros_like(found.tokens)
-    reference = torch.zeros_like(total) if live else None
     for chunk, scores in parts:
         if chunk:
             total[chunk], lengths[chunk] = scores.total, scores.tokens
-            if reference is not None:
-                assert scores.reference is not None
-                reference[chunk] = scores.reference
-    together.add(total, lengths, *sums.values(), *([] if reference is None else [reference]))
+    together.add(total, lengths, *sums.values())
     terms.update({name: float(value) for name, value in sums.items()})
     passes = 2 if live else 1
     cost += passes * sum(len(row) for group in grouped for row in group if row is not None)
-    return CandidateLogprobs(found.rows, total, lengths, found.present, reference), cost
+    return CandidateLogprobs(found.rows, total, lengths, found.present, reference if live else None), cost
+
+
+@torch.no_grad()
+def _reference(
+    encoder: Encoder, grouped: Sequence[Sequence[TokenRow | None]], width: int, *, chunk_tokens: int
+) -> Float[Tensor, "G K"]:
+    """log pi_ref(p | q) of every candidate, in larger passes than those with gradient, which products make better use of."""
+    together = current()
+    longest = [max(len(row) for row in group if row is not None) * width for group in grouped]
+    found = torch.zeros(len(grouped), width, device=encoder.device)
+    with encoder.reference(), fused_layers(trunk(encoder.model)):
+        for chunk, counts in together.turns(chunk_by_tokens(longest, together.budget(longest, chunk_tokens))):
+            total, _ = _candidate_logprobs(encoder, [grouped[g] for g in chunk], width)
+            found = found.to(total.dtype)
+            if counts:
+                found[chunk] = total
+    together.add(found)
+    return found
 
 
 @torch.no_grad()
@@ -382,15 +396,24 @@ def _baseline(encoder: Encoder, batch: TrainBatch, *, chunk_tokens: int) -> tupl
         return torch.zeros((), device=encoder.device), 0
     others = [batch.passages[(place + 1) % len(batch.passages)][:1] for place in range(len(batch.passages))]
     rows = passage_rows(batch.prompts, others)
-    policy = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+    policy = logprobs(encoder, rows, chunk_tokens=FREE * chunk_tokens)
     with encoder.reference():
-        reference = logprobs(encoder, rows, chunk_tokens=chunk_tokens)
+        reference = logprobs(encoder, rows, chunk_tokens=FREE * chunk_tokens)
     return (policy.total - reference.total).mean().clamp_min(0), policy.cost + reference.cost
 
 
-def _spread(values: Tensor, where: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Values at flat positions of a [G K] table, zero elsewhere; differentiable."""
-    return torch.zeros(shape[0] * shape[1], dtype=values.dtype, device=values.device).index_put((where,), values).view(shape)
+def _candidate_logprobs(
+    encoder: Encoder, grouped: Sequence[Sequence[TokenRow | None]], width: int
+) -> tuple[Float[Tensor, "G K"], Int[Tensor, "G K"]]:
+    """Log-probability of every candidate and the number of its tokens, in one pass; zero where there is none."""
+    places = [i * width + k for i, group in enumerate(grouped) for k, row in enumerate(group) if row is not None]
+    where = torch.tensor(places, device=encoder.device)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(len(grouped) * width).index_put((where,), values).view(len(grouped), width)
+
+    total, lengths = encoder.candidate_logprobs([[row for row in group if row is not None] for group in grouped])
+    return spread(total), spread(lengths)
 
 
 @torch.no_grad()

@@ -42,7 +42,6 @@ __all__ = [
     "Packed",
     "Packing",
     "fast_kernel",
-    "is_compiled",
     "kernel",
     "pack",
     "packed_at_once",
@@ -128,8 +127,7 @@ def packed_at_once(
     adding = _adding_in_float32(inner) if float32_residual else nullcontext()
     longest = max(packed.longest for packed in parts)
     mode = _mode(inner, is_causal=is_causal, sliding_window=sliding_window, tokens=longest)
-    fused = nullcontext() if is_compiled(inner) else fused_layers(inner)
-    with mode, _switched(inner), adding, fused:
+    with mode, _switched(inner), adding, fused_layers(inner):
         if len(parts) == 1:
             return [_states(inner, parts[0], is_causal)]
         threads = torch.get_num_threads()
@@ -165,11 +163,6 @@ def _states(inner: Any, packed: Packed, is_causal: bool) -> Float[Tensor, "T D"]
         max_length_q=packed.longest,
         max_length_k=packed.longest,
     ).last_hidden_state[0]
-
-
-def is_compiled(inner: nn.Module) -> bool:
-    """Whether its layers were compiled."""
-    return any(layer._compiled_call_impl is not None for layer in decoder_layers(inner))
 
 
 @contextmanager
