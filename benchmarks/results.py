@@ -252,8 +252,11 @@ def screen(runs: Runs, bench: Bench) -> dict[str, Any]:
     }
 
 
-def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: str) -> dict[str, Any]:
-    """The compared strategies with every seed: mean, spread over seeds, and how they differ from contrastive learning."""
+def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: str) -> dict[str, Any] | str:
+    """The compared strategies with every seed: mean, spread over seeds, and how they differ from contrastive learning.
+
+    NOT_RUN where contrastive learning itself lacks a seed.
+    """
     names = list(dict.fromkeys([WARM_UP, CL.name, ULLME.name, chosen, SFT.name, DPO.name]))
     tried = {name: [runs.row(collection.name, name, 0)] for name in (BM25, BASE)}
     for seed in seeds:
@@ -261,7 +264,7 @@ def confirm(runs: Runs, seeds: Sequence[int], collection: Collection, chosen: st
             tried.setdefault(name, []).append(runs.row(collection.name, name, seed))
     rows = {name: [row for row in of if row is not None] for name, of in tried.items() if None not in of}
     if CL.name not in rows:
-        return {"queries": 0, "rows": dict.fromkeys(tried, NOT_RUN)}
+        return NOT_RUN
     queries = collection.counted(list(rows[CL.name][0]["per_query"]), screening=False)
     averaged = {name: [statistics.fmean(row["per_query"][query] for row in of) for query in queries] for name, of in rows.items()}
     found: dict[str, Any] = dict.fromkeys(tried, NOT_RUN)
@@ -299,15 +302,15 @@ def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:
 def tables(result: Mapping[str, Any]) -> str:
     """The result in Markdown."""
     rows = result["screen"]["rows"]
-    lines = ["| pydocs, seed 0 | nDCG@10 | teacher finds the positive | entropy | training |", "|---|---|---|---|---|"]
+    lines = ["| pydocs, seed 0 | nDCG@10 | teacher finds the positive | entropy |", "|---|---|---|---|"]
     for name, row in rows.items():
         if row == NOT_RUN:
-            lines.append(f"| {name} | {NOT_RUN} | | | |")
+            lines.append(f"| {name} | {NOT_RUN} | | |")
             continue
-        teacher, seconds = row["teacher"], row["train_seconds"]
+        teacher = row["teacher"]
         found = f"{teacher['accuracy']:.0%} (chance {teacher['chance']:.0%})" if teacher else ""
         entropy = f"{teacher['entropy']:.2f} of {teacher['most']:.2f}" if teacher else ""
-        lines.append(f"| {name} | {row[METRIC]:.3f} | {found} | {entropy} | {f'{seconds:.0f} s' if seconds else ''} |")
+        lines.append(f"| {name} | {row[METRIC]:.3f} | {found} | {entropy} |")
     for collection, part in result.get("confirmation", {}).items():
         if part == NOT_RUN:
             lines += ["", f"{collection}: not run here."]

@@ -19,7 +19,7 @@ from encode import machine
 from ullme.artifacts import write_atomic
 from ullme.heap import HEAP
 
-__all__ = ["Runs", "experiment"]
+__all__ = ["Runs", "experiment", "page_text"]
 
 
 class Runs:
@@ -102,6 +102,12 @@ def around_tables(file: Path, name: str) -> tuple[str, str]:
     return page.partition(start)[0] + start, end + page.partition(end)[2]
 
 
+def page_text(result: Mapping[str, Any], tables: Callable[[Mapping[str, Any]], str]) -> str:
+    """What stands between the marks: the tables, and where and how long."""
+    where = result["machine"]
+    return f"{tables(result)}\n\n{result['hours']} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.\n"
+
+
 def experiment(
     script: str,
     description: str | None,
@@ -142,9 +148,8 @@ def experiment(
         runs = Runs(file, start, vars(effort), time.monotonic() + 3600 * arguments.hours)
         text = ""
         for part in everything(runs, bench(folder, effort, arguments.data)):
-            where = machine()
-            result = {"effort": vars(effort), "machine": where, **part, "hours": runs.hours}
-            text = f"{tables(part)}\n\n{runs.hours} hours on {where['cpu']}, {where['threads']} threads, {where['date']}.\n"
+            result = {"effort": vars(effort), "machine": machine(), **part, "hours": runs.hours}
+            text = page_text(result, tables)
             if arguments.json:
                 write_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
             if arguments.write:

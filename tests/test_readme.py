@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_the_indexes_shown_are_those_that_were_measured() -> None:
             cells = (f"{row['recall_at_10']:.3f}", f"{row['recall_at_100']:.3f}", f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}",
                      f"{row['p50_ms_of_32']:.1f}", f"{row['bytes_per_vector']:,.0f}", f"{row['build_seconds']:.0f}")  # fmt: skip
             assert f"| {kind} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize(("script", "file"), [("results", "strategies"), ("false_negatives", "false_negatives")])
+def test_the_tables_of_experiments_are_those_of_the_kept_runs(script: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program, runs = importlib.import_module(script), importlib.import_module("runs")
+    kept = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    before, behind = runs.around_tables(ROOT / "docs" / "results.md", script)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert page == before + runs.page_text(kept, program.tables) + behind
 
 
 def test_the_memory_of_mining_shown_is_what_was_measured() -> None:
