@@ -138,7 +138,7 @@ def _run(store: Path, stages: Sequence[StageRequest], say: Callable[[str], None]
 
 def _ending(outcome: Outcome, stages: Sequence[StageRequest], code: int, tail: Sequence[str], *, ceiling: bool) -> _Ending:
     made = list(zip(outcome.refs, outcome.seconds, strict=True))
-    if code == 0 and len(made) == len(stages):
+    if len(made) == len(stages):  # whatever ended the process after it had told of the last one
         return _Ending(made)
     label = outcome.failed or stages[min(len(made), len(stages) - 1)].label
     why, message = outcome.message, outcome.message

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,6 +206,13 @@ def test_a_process_that_was_killed_is_started_again_with_the_same_budget(run: Ru
     assert run.attempts() == [600, 600]
     expected = f"data: warning: its process was killed by signal {name}; starting it again from where it was (1 of 1)"
     assert run.retries() == [expected]
+
+
+def test_a_kill_after_the_last_stage_was_told_of_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = "import os, sys; from flows.stage import main; main(sys.argv[1:]); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(child, "_launch", lambda file: subprocess.Popen([sys.executable, "-c", work, file], stdout=-1, text=True))
+    run("none", 0)
+    assert run.retries() == []
 
 
 @pytest.mark.parametrize("retries", [0, 2])
