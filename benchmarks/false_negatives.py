@@ -26,15 +26,14 @@ from typing import Any
 import numpy as np
 from encode import NOT_RUN, SMOLLM2
 from mine import MINILM
-from runs import Runs, experiment
+from runs import METRIC, Runs, evaluated, experiment, scores_by_query
 
 from ullme.artifacts import ArtifactRef, Inputs, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.components import resolve
 from ullme.data import PREPARE, DataConfig, Dataset
 from ullme.encoder import Encoder
-from ullme.encoding import ENCODE, EncodeConfig
-from ullme.evaluation import EVALUATE, EvalConfig
+from ullme.evaluation import EvalConfig
 from ullme.lexical import LexicalConfig, tokenise
 from ullme.miner import Miner
 from ullme.mining import MINE, MiningConfig
@@ -42,7 +41,6 @@ from ullme.mining_context import MiningContext, encoded_vectors
 from ullme.statistics import paired_randomisation
 from ullme.training import TRAIN, TrainConfig
 
-METRIC = "ndcg_at_10"
 COLLECTIONS = ("nl2bash", "squad_sent")
 NEGATIVES = 4
 NEAR = 0.8
@@ -155,16 +153,10 @@ class Bench:
         first = {"data": data, "negatives": self.store.produce(MINE, random, {"data": data}, seed=0), "model": base}
         warm = self._phase(first, self.effort.warm_up_steps, 0, 1e-3, seed)
         model = self._phase({**common, "model": warm}, self.effort.steps, 2, 3e-4, seed)
-        inputs = {"data": data, "model": model}
-        inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
         section = EvalConfig.model_validate({"metrics": [METRIC], "bootstrap_samples": 100, "controls": False})
-        report = self.store.produce(EVALUATE, section, inputs, seed=0)
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(report.path / "per_query.parquet", filters=[("metric", "=", METRIC)]).to_pylist()
-        for ref in (inputs["embeddings"], model):
-            shutil.rmtree(ref.path)
-        return {"per_query": {row["query_id"]: row["exact"] for row in rows}, "train_seconds": model.meta["train_seconds"]}
+        per_query = scores_by_query(evaluated(self.store, section, {"data": data, "model": model}))
+        shutil.rmtree(model.path)
+        return {"per_query": per_query, "train_seconds": model.meta["train_seconds"]}
 
     def _phase(self, inputs: Mapping[str, ArtifactRef], steps: int, negatives: int, rate: float, seed: int) -> ArtifactRef:
         phase = {

@@ -18,7 +18,6 @@ p: two-sided paired randomisation over queries against the system it is compared
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,25 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from encode import NOT_RUN, SMOLLM2
-from runs import Runs, experiment
+from runs import METRIC, Runs, evaluated, experiment, scores_by_query
 
 from ullme.artifacts import ArtifactRef, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig, read_texts
-from ullme.encoding import ENCODE, EncodeConfig
-from ullme.evaluation import EVALUATE, EvalConfig
+from ullme.evaluation import EvalConfig
 from ullme.mining import MINE, MiningConfig
 from ullme.statistics import paired_randomisation
 from ullme.training import TRAIN, TrainConfig
 
-METRIC = "ndcg_at_10"
 LANGUAGE = {"perplexity": "perplexity", "last_word": "accuracy", "multiple_choice": "accuracy"}
 BATCH = 32
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long everything takes. doses: tokens of documents; of MNTP, then of the other phases."""
+    """How long everything takes. doses (of MNTP), simcse_dose, gem_dose: tokens of documents that a phase reads."""
 
     queries: int = 300
     documents: int = 500
@@ -151,11 +148,10 @@ class Bench:
             draw = seed + number * len(self.effort.seeds)  # phases of one seed read the texts in different orders
             model = self._trained(system, {**phase, "steps": steps, "batch_size": BATCH}, data, model, draw)
             seconds.append(model.meta["train_seconds"])
-        inputs = {"data": data, "model": model}
-        inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
-        report = self.store.produce(EVALUATE, self._measured(), inputs, seed=0)
-        shutil.rmtree(inputs["embeddings"].path)
-        return {"train_seconds": seconds, **self._scores(report)}
+        report = evaluated(self.store, self._measured(), {"data": data, "model": model})
+        scores = json.loads((report.path / "report.json").read_text(encoding="utf-8"))["scores"]
+        language = {task: scores[task][metric] for task, metric in LANGUAGE.items() if task in scores}
+        return {"train_seconds": seconds, "language": language, "per_query": scores_by_query(report)}
 
     def _lengths(self, model: ArtifactRef, texts: Sequence[str]) -> list[int]:
         from ullme.encoder import Encoder
@@ -187,16 +183,6 @@ class Bench:
             ]
         fields = {"tasks": tasks, "metrics": [METRIC, "recall_at_100"], "bootstrap_samples": 100, "controls": False}
         return EvalConfig.model_validate(fields).resolved()
-
-    @staticmethod
-    def _scores(report: ArtifactRef) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
-        scores = json.loads((report.path / "report.json").read_text(encoding="utf-8"))["scores"]
-        wanted = [("task", "=", "retrieval"), ("metric", "=", METRIC)]
-        rows = pq.read_table(report.path / "per_query.parquet", filters=wanted).to_pylist()
-        language = {task: scores[task][metric] for task, metric in LANGUAGE.items() if task in scores}
-        return {"language": language, "per_query": {row["query_id"]: row["exact"] for row in rows}}
 
 
 def everything(runs: Runs, bench: Bench) -> Iterator[dict[str, Any]]:

@@ -26,19 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from encode import NOT_RUN, SMOLLM2
-from runs import Runs, experiment
+from runs import METRIC, Runs, evaluated, experiment, scores_by_query
 
 from ullme.artifacts import ArtifactRef, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig
-from ullme.encoding import ENCODE, EncodeConfig
-from ullme.evaluation import EVALUATE, EvalConfig
+from ullme.evaluation import EvalConfig
 from ullme.mining import MINE, MiningConfig
 from ullme.records import hash_share
 from ullme.statistics import paired_randomisation
 from ullme.training import TRAIN, TrainConfig
 
-METRIC = "ndcg_at_10"
 SEEDS = (0, 1, 2)
 WARM_UP, BASE, BM25 = "warm-up alone", "untrained", "BM25"
 
@@ -192,33 +190,26 @@ class Bench:
         common = self.common(collection)
         section = EvalConfig.model_validate({"metrics": [METRIC, "recall_at_100"], "bootstrap_samples": 100, "controls": False})
         if strategy == BM25:
-            report = self.store.produce(EVALUATE, section, {"data": common["data"]}, seed=0)
-            return self._row(report, None)
+            return self._row(evaluated(self.store, section, {"data": common["data"]}), None)
         if strategy == BASE:
             model = common["model"]
         elif strategy == WARM_UP:
             model = self.warm_up(common, seed)
         else:
             model = self.strategy(next(one for one in SCREEN if one.name == strategy), common, seed)
-        inputs = {"data": common["data"], "model": model}
-        inputs["embeddings"] = self.store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
-        row = self._row(self.store.produce(EVALUATE, section, inputs, seed=0), model)
-        shutil.rmtree(inputs["embeddings"].path)
+        row = self._row(evaluated(self.store, section, {"data": common["data"], "model": model}), model)
         if strategy not in (BASE, WARM_UP):
             shutil.rmtree(model.path)
         return row
 
     @staticmethod
     def _row(report: ArtifactRef, model: ArtifactRef | None) -> dict[str, Any]:
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(report.path / "per_query.parquet", filters=[("metric", "=", METRIC)]).to_pylist()
         teacher = model.path / "logs" / "teacher.json" if model else None
         found = json.loads(teacher.read_text(encoding="utf-8")) if teacher and teacher.is_file() else []
         return {
             "train_seconds": model.meta.get("train_seconds") if model else None,
             "teacher": {name: round(found[0][name], 3) for name in ("accuracy", "chance", "entropy", "most")} if found else None,
-            "per_query": {row["query_id"]: row["exact"] for row in rows},
+            "per_query": scores_by_query(report),
         }
 
 

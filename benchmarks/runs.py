@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,14 @@ from typing import Any
 
 from encode import machine
 
-from ullme.artifacts import write_atomic
+from ullme.artifacts import ArtifactRef, Store, write_atomic
+from ullme.encoding import ENCODE, EncodeConfig
+from ullme.evaluation import EVALUATE, EvalConfig
 from ullme.heap import HEAP
 
-__all__ = ["Runs", "experiment", "page_text"]
+__all__ = ["METRIC", "Runs", "evaluated", "experiment", "page_text", "scores_by_query"]
+
+METRIC = "ndcg_at_10"
 
 
 class Runs:
@@ -87,6 +92,25 @@ class Runs:
             self._queries[line["queries"]] = line["ids"]
         elif "run" in line:
             self._rows[json.dumps(line["run"])] = line
+
+
+def evaluated(store: Store, section: EvalConfig, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+    """The report on inputs (data, and a model where there is one); the vectors that it needs are deleted when it is there."""
+    if "model" not in inputs:
+        return store.produce(EVALUATE, section, inputs, seed=0)
+    embeddings = store.produce(ENCODE, EncodeConfig(), inputs, seed=0)
+    report = store.produce(EVALUATE, section, {**inputs, "embeddings": embeddings}, seed=0)
+    shutil.rmtree(embeddings.path)
+    return report
+
+
+def scores_by_query(report: ArtifactRef) -> dict[str, float]:
+    """METRIC of the retrieval task by exact search, for each question's id."""
+    import pyarrow.parquet as pq
+
+    wanted = [("task", "=", "retrieval"), ("metric", "=", METRIC)]
+    rows = pq.read_table(report.path / "per_query.parquet", filters=wanted).to_pylist()
+    return {row["query_id"]: row["exact"] for row in rows}
 
 
 def around_tables(file: Path, name: str) -> tuple[str, str]:

@@ -114,6 +114,22 @@ def test_the_tables_of_experiments_are_those_of_the_kept_runs(script: str, file:
     assert page == before + runs.page_text(kept, program.tables) + behind
 
 
+def test_the_quickstart_trains_as_the_best_grl_and_says_what_contrastive_learning_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = importlib.import_module("results")
+    kept = json.loads((ROOT / "benchmarks" / "results" / "strategies.json").read_text(encoding="utf-8"))
+    best = kept["screen"]["best_grl"]
+    strategy = next(one for one in program.SCREEN if one.name == best)
+    config = load(ROOT / "configs" / "quickstart.yaml")
+    phase = config.training.phases[1]
+    assert strategy.objective.items() <= phase.objective.model_dump().items()
+    assert strategy.generation.items() <= phase.generation.model_dump().items()
+    for collection, part in kept["confirmation"].items():
+        row, plain = part["rows"][best], part["rows"][program.CL.name]
+        said = f"{row['mean']:.3f} on {collection}, contrastive learning alone {plain['mean']:.3f} "
+        assert said + f"({row['over_cl']:+.3f}, p {row['p']:.3f})" in config.tracking.description
+
+
 def test_the_memory_of_mining_shown_is_what_was_measured() -> None:
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     kept = json.loads((ROOT / "benchmarks" / "results" / "mine_memory.json").read_text(encoding="utf-8"))
