@@ -82,6 +82,7 @@ class Pipeline:
         models, indexed = {"tuned": self.released_model}, {"tuned"}
         steps = [self._step("data", "data", config.data, {})]
         if self.model == "trained":
+            steps.append(self._step("evaluate bm25", "evaluate", config.evaluation, {"data": "data"}))
             models = {"base": "backbone", **models}
             if self.champion is not None:
                 models["champion"] = "champion"
@@ -100,8 +101,6 @@ class Pipeline:
         index = {who: "index" if who == "tuned" else f"index {who}" for who in models if who in indexed}
         for who, name in index.items():
             steps.append(self._step(name, "index", config.index, {"embeddings": f"encode {who}"}))
-        if self.model == "trained":
-            steps.append(self._step("evaluate bm25", "evaluate", config.evaluation, {"data": "data"}))
         for who, model in models.items():
             inputs = {"data": "data", "model": model, "embeddings": f"encode {who}"}
             if who in index:

@@ -189,15 +189,20 @@ def test_what_an_interrupted_encoding_left_is_used_only_where_it_is_right(
 # The whole flow
 
 
+def own_world(folder: Path) -> dict[str, str]:
+    """The environment, without what Prefect and MLflow find in it."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    return {**plain, "PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "200"}
+
+
 def run_smoke(store: Path, *changes: str) -> tuple[dict[str, Any], str]:
     """`ullme run train-and-index`: its summary and what it printed."""
     summary = store.parent / "summary.json"
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     command = [*ULLME, "train-and-index", "--config", SMOKE, "--summary", str(summary), "--set", f"store={store}"]
     command += [word for change in changes for word in ("--set", change)]
     done = subprocess.run(
         command,
-        env={**plain, "PREFECT_HOME": str(store.parent / "prefect"), "COLUMNS": "200"},
+        env=own_world(store.parent),
         cwd=store.parent,
         capture_output=True,
         text=True,
@@ -231,3 +236,16 @@ def test_a_run_over_damaged_artifacts_of_every_kind_completes_with_the_same_dige
     assert after["released"]["version"] == before["released"]["version"]
     again_, _ = run_smoke(store)
     assert all(stage["status"] == "reused" for stage in again_["stages"].values())
+
+
+@pytest.mark.slow
+def test_what_cannot_be_evaluated_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    folder, store = tmp_path / "documents", tmp_path / "store"
+    folder.mkdir()
+    (folder / "one.txt").write_text("A single sentence about lanterns and their keepers.", encoding="utf-8")
+    change = f"data={{source: {{kind: text, path: {folder}}}}}"
+    command = [*ULLME, "train-and-index", "--config", SMOKE, "--set", f"store={store}", "--set", change]
+    done = subprocess.run(command, env=own_world(tmp_path), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no query of this split has an answer among" in done.stdout + done.stderr
+    assert not list(store.glob("model/*/manifest.json"))

@@ -76,9 +76,9 @@ def test_a_champion_is_encoded_indexed_and_measured_unless_it_is_the_tuned_model
     assert pipeline.steps["index champion"].section == pipeline.steps["index"].section
     pipeline.made["train"] = artifacts["model"]
     assert pipeline.named("encode", "evaluate") == [
+        "evaluate bm25",
         "encode base",
         "encode tuned",
-        "evaluate bm25",
         "evaluate base",
         "evaluate tuned",
     ]
