@@ -78,9 +78,7 @@ def fused_layers(trunk: nn.Module) -> Iterator[None]:
     not in float64, which is for where every digit counts.
     """
     replaced = []
-    weight = next(trunk.parameters())
-    fitting = weight.device.type == "cpu" and weight.dtype != torch.float64 and not any(map(is_sharded, trunk.parameters()))
-    if fitting and not torch.is_grad_enabled() and not is_compiled(trunk):
+    if not torch.is_grad_enabled() and _may_be_fused(trunk):
         for module in trunk.modules():
             if "forward" in vars(module) or (forward := _forward_of(module)) is None:
                 continue
@@ -97,6 +95,12 @@ def fused_layers(trunk: nn.Module) -> Iterator[None]:
             del module.forward
         if rotation is not None:
             setattr(source, ROTATION, rotation.own)
+
+
+def _may_be_fused(trunk: nn.Module) -> bool:
+    weight = next(trunk.parameters())
+    fitting = weight.device.type == "cpu" and weight.dtype != torch.float64
+    return fitting and not is_compiled(trunk) and not any(map(is_sharded, trunk.parameters()))
 
 
 def is_compiled(inner: nn.Module) -> bool:

@@ -45,14 +45,14 @@ class Progress:
         rate = (self._done - self._initial) / elapsed
         left = (self._total - self._done) / rate if rate else float("inf")
         remaining = f"{left:.0f} s left" if self._done < self._total else f"in {elapsed:.1f} s"
+        speed = f"{rate:.1f} {self._unit}/s" if rate >= 0.95 or not rate else f"{1 / rate:.1f} s/{self._unit}"
         logging.getLogger(__name__).info(
-            "%s: %d/%d %s, %.1f %s/s, %s%s",
+            "%s: %d/%d %s, %s, %s%s",
             self._description,
             self._done,
             self._total,
             self._unit,
-            rate,
-            self._unit,
+            speed,
             remaining,
             f", {note}" if note else "",
         )
