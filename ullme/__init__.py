@@ -6,6 +6,7 @@ Importing this package imports no torch: names are loaded when they are first us
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ullme.precision import Calibration, dequantise, quantise, truncate
 
 __all__ = ["ArtifactRef", "Calibration", "Encoder", "Store", "UllmeError", "dequantise", "quantise", "truncate"]
+
+# bitsandbytes, which mteb and peft import where it is installed, advises a package of kernels for 4-bit inference; none is run here
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "ArtifactRef": "artifacts",

@@ -67,7 +67,7 @@ class DataConfig(Section):
     are mined for negatives of these, and are neither indexed nor evaluated. What they share with the run's own test and
     development queries or held-out documents is dropped.
     name: what the data set is called, where `backbone.prompts.datasets` has templates for it; empty = the kind of its source.
-    held_out: what becomes a query where the source has none: titles and headings, a sentence a document, by default (auto)
+    held_out: what becomes a query where the source has none: titles and headings, sentences of each document, by default (auto)
     sentences where there are no titles, or nothing (`ullme.held_out`).
     source_digest: fingerprint of the source's contents, filled in by `resolved()`. Written into a configuration by hand,
     it pins the data: other contents are then an error.
@@ -188,7 +188,7 @@ def prepare(section: DataConfig, inputs: Inputs, draft: Draft) -> None:  # noqa:
             logger.warning("data: the source (%s) gives no %s queries", section.source.kind, split)
 
 
-PREPARE = Stage("data", "data", 5, prepare)
+PREPARE = Stage("data", "data", 6, prepare)
 
 
 def check_records(records: Records) -> None:

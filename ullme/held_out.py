@@ -26,6 +26,7 @@ __all__ = ["HeldOut", "hold_out"]
 HeldOut = Literal["auto", "titles", "sentences", "none"]
 SHORT_HEADING = 3
 SENTENCE_WORDS = range(6, 41)
+PASSAGES_A_SENTENCE = 16
 PROSE = re.compile(r"[^\W\d_a-z].*[.!?。！？][\"'”’)\]]*", re.DOTALL)
 
 
@@ -41,10 +42,11 @@ class Asked:
 def hold_out(records: Records, mode: HeldOut) -> tuple[Records, dict[str, int]]:
     """The records with queries made from their documents, and how many of each kind: held_out_titles, held_out_sentences.
 
-    A query's group is the document that it comes from (of several, the one that stands nearest to testing), so the queries
-    of a document share a side. A document of a title alone keeps it.
+    A query's group is the document that it comes from (of several, the one that stands nearest to testing), so the titles of
+    a document share a side; the sentences of a long one do not. A document of a title alone keeps it.
 
-    mode: `titles` takes titles and headings, `sentences` one sentence a document, `auto` sentences where there are no titles.
+    mode: `titles` takes titles and headings; `sentences` one a document, and of a long one one for every PASSAGES_A_SENTENCE
+    passages; `auto` sentences where there are no titles.
     """
     parents: dict[str, list[Document]] = defaultdict(list)
     for document in records.documents:
@@ -58,10 +60,10 @@ def hold_out(records: Records, mode: HeldOut) -> tuple[Records, dict[str, int]]:
             _ask(titles, text, parent, answers)
         if asked:
             changed |= {document.id: _without_title(document) for document in documents}
-        elif mode in ("auto", "sentences") and (found := _sentence(documents)) is not None:
-            text, without = found
-            changed |= {document.id: document for document in without}
-            _ask(lines, text, parent, [document.id for document in without])
+        elif mode in ("auto", "sentences"):
+            for group, text, without in _sentences(parent, documents):
+                changed |= {document.id: document for document in without}
+                _ask(lines, text, group, [document.id for document in without])
     queries = [*_queries(titles, "title-"), *_queries(lines, "sentence-")]
     documents = [changed.get(document.id, document) for document in records.documents]
     return replace(records, documents=documents, queries=queries), {
@@ -108,22 +110,31 @@ def _without_title(document: Document) -> Document:
     return replace(document, title="", section=section)
 
 
-def _sentence(documents: Sequence[Document]) -> tuple[str, list[Document]] | None:
-    """A sentence of one parent, and the passages that held it without it; None where none can be spared.
+def _sentences(parent: str, documents: Sequence[Document]) -> Iterator[tuple[str, str, list[Document]]]:
+    """(group, sentence, the passages that held it without it) for every PASSAGES_A_SENTENCE passages of a parent, and at least one.
 
-    The sentence is the one of lowest hash, so documents that have most sentences in common give the same one.
+    A passage is asked about once, and none where nothing can be spared. The sentences are those of lowest hash, so documents that
+    have most sentences in common give the same ones. Several of a parent have sides of their own: a single large file, too, is
+    both learned from and tested on.
     """
+    wanted = max(1, len(documents) // PASSAGES_A_SENTENCE)
     candidates: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         for sentence in set(map(str.strip, sentences(document.text))):
             if PROSE.fullmatch(sentence) and len(normalise(sentence).split()) in SENTENCE_WORDS:
                 candidates[sentence].append(document)
+    asked: set[str] = set()
+    found = 0
     for sentence in sorted(candidates, key=lambda text: (hash_share(normalise(text), "sentence"), text)):
         holders = [document for document in documents if sentence in document.text]
         without = [replace(document, text=_cut_out(document.text, sentence)) for document in holders]
-        if all(len(normalise(document.text).split()) >= SENTENCE_WORDS.start for document in without):
-            return sentence, without
-    return None
+        spared = all(len(normalise(document.text).split()) >= SENTENCE_WORDS.start for document in without)
+        if spared and asked.isdisjoint(document.id for document in without):
+            yield parent if wanted == 1 else f"{parent}: {normalise(sentence)}", sentence, without
+            asked |= {document.id for document in without}
+            found += 1
+        if found == wanted:
+            return
 
 
 def _cut_out(text: str, sentence: str) -> str:

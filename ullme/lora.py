@@ -8,7 +8,6 @@ sums are fused into them (addmm), which saves conversions and passes over memory
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from ullme.training import LoraConfig
 
 __all__ = ["activate", "add_adapter", "plain_weights", "read_adapter", "speed_up", "switched_off", "write_adapter"]
-
-# bitsandbytes, which peft imports where it is installed, advises a package of kernels for 4-bit inference; none is run here
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _LoraProduct(torch.autograd.Function):

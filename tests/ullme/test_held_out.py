@@ -146,6 +146,20 @@ def test_documents_that_share_most_sentences_give_one_query():
     assert max(len(query.positives) for query in queries.values()) >= 9
 
 
+def test_a_long_document_gives_a_sentence_for_every_sixteen_passages_each_on_a_side_of_its_own():
+    texts = [
+        ("", f"{PROSE} This is the passage that has the number {number}.".replace("left", f"left{number}")) for number in range(100)
+    ]
+    documents, queries, counts = held(passages("book.txt", *texts))
+    assert counts["held_out_sentences"] == 6
+    answers = [answer for query in queries.values() for answer in query.positives]
+    assert len(answers) == len(set(answers))
+    for text, query in queries.items():
+        assert not any(text in documents[answer].text for answer in query.positives)
+    assert len({query.group for query in queries.values()}) == 6
+    assert held(passages("book.txt", *texts[:31]))[2]["held_out_sentences"] == 1
+
+
 # modes
 
 
