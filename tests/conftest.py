@@ -9,7 +9,16 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before any of these is imported: every call in a test then checks its jaxtyping annotations.
-SHAPED = ["ullme.pooling", "ullme.losses", "ullme.batches", "ullme.gradcache", "ullme.encoder", "ullme.attention", "ullme.reach"]
+SHAPED = [
+    "ullme.pooling",
+    "ullme.losses",
+    "ullme.batches",
+    "ullme.gradcache",
+    "ullme.representations",
+    "ullme.encoder",
+    "ullme.attention",
+    "ullme.reach",
+]
 install_import_hook(SHAPED, "beartype.beartype")
 
 BEGAN = time.monotonic()

@@ -12,7 +12,7 @@ from toys import gradients, logprob_by_hand, tiny_encoder, toy_batch
 from ullme import losses
 from ullme.batches import TokenRow, chunk_by_tokens
 from ullme.encoder import Encoder
-from ullme.gradcache import Representations, StepReport, TrainBatch, step
+from ullme.gradcache import StepReport, TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.distill import Distill
@@ -22,6 +22,7 @@ from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
 from ullme.objectives.spread_out import SpreadOut
 from ullme.objectives.sum import Part, Sum
+from ullme.representations import Representations
 from ullme.training import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=8)

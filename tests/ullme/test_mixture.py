@@ -16,11 +16,11 @@ from ullme.artifacts import ArtifactRef, Store
 from ullme.backbone import BACKBONE, BackboneConfig
 from ullme.data import PREPARE, DataConfig, Dataset, Example, read_examples
 from ullme.errors import DataError
-from ullme.gradcache import Representations
 from ullme.mining import MINE, MiningConfig
 from ullme.mixture import Mixture, MixtureConfig
 from ullme.objectives.contrastive import Contrastive
 from ullme.prompts import DatasetPrompts, PromptConfig
+from ullme.representations import Representations
 from ullme.sampling import Sampler
 from ullme.training import TRAIN, PhaseConfig, TrainConfig
 

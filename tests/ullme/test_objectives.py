@@ -16,7 +16,7 @@ from ullme.attention import attention_dropout
 from ullme.components import component_class, kinds, resolve
 from ullme.encoder import Encoder
 from ullme.errors import ConfigError, ContractError
-from ullme.gradcache import CandidateLogprobs, Representations, TrainBatch, step
+from ullme.gradcache import TrainBatch, step
 from ullme.objectives import Objective
 from ullme.objectives.contrastive import Contrastive
 from ullme.objectives.distill import Distill
@@ -27,6 +27,7 @@ from ullme.objectives.preference import Preference
 from ullme.objectives.sft import Sft
 from ullme.objectives.simcse import Simcse
 from ullme.objectives.spread_out import SpreadOut
+from ullme.representations import CandidateLogprobs, Representations
 from ullme.training import LoraConfig
 
 KINDS = kinds("ullme.objectives")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ullme.components import resolve
-from ullme.gradcache import CandidateLogprobs, Representations
 from ullme.objectives.preference import Preference
+from ullme.representations import CandidateLogprobs, Representations
 from ullme.tiny import tiny_causal_lm
 
 QUERIES, NEGATIVES, WIDTH = 6, 2, 16

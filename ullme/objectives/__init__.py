@@ -16,8 +16,8 @@ from ullme.components import Component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
     from ullme.prediction import Prediction
+    from ullme.representations import CandidateLogprobs, Representations
 
 __all__ = ["LEARNED_RANGE", "Objective"]
 

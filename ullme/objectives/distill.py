@@ -11,7 +11,7 @@ from ullme.objectives import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
+    from ullme.representations import CandidateLogprobs, Representations
 
 __all__ = ["Distill"]
 

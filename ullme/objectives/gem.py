@@ -12,8 +12,8 @@ from ullme.prediction import Doubling
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
     from ullme.prediction import Prediction
+    from ullme.representations import CandidateLogprobs, Representations
 
 __all__ = ["Gem"]
 

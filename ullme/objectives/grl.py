@@ -12,7 +12,7 @@ from ullme.objectives.preference import PreferenceLoss, preference_term
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs, Representations
+    from ullme.representations import CandidateLogprobs, Representations
 
 __all__ = ["Grl"]
 

@@ -11,7 +11,7 @@ from ullme.objectives import Objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullme.gradcache import CandidateLogprobs
+    from ullme.representations import CandidateLogprobs
 
 __all__ = ["Preference", "PreferenceLoss", "preference_term"]
 
