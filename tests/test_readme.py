@@ -155,7 +155,10 @@ def test_the_costs_of_a_training_step_shown_are_those_that_were_kept() -> None:
     for who in ("ours", "theirs"):
         cells = (step["tokens_per_s"][who], step["seconds"][who], f"{step['peak_memory_mb'][who]:,} MiB", step["best"][who])
         assert f"| {cells[0]} | {cells[1]} | {cells[2]} | {cells[3]} a pass |" in page
-    assert f"{step['ratio_speed']:.2f} times the speed, {step['ratio_memory']:.2f} of the memory" in page
+    before = json.loads((ROOT / "benchmarks" / "results" / "train_float32.json").read_text(encoding="utf-8"))
+    for contrastive in (step, before["contrastive"]):
+        assert f"{contrastive['ratio_speed']:.2f} times the speed, {contrastive['ratio_memory']:.2f} of the memory" in page
+    assert f"it was {before['grl']['ratio_grl_over_cl']:.2f}" in page
     seconds = kept["grl"]["seconds"]
     for name, value in seconds.items():
         assert f"| {name} | {value} | {value / seconds['contrastive']:.2f} |" in page

@@ -33,7 +33,7 @@ from ullme.attention import (
     trunk,
 )
 from ullme.backbone import PoolingKind
-from ullme.batches import PASS_TOKENS, Batch, TokenRow, chunk_by_tokens, collate
+from ullme.batches import Batch, TokenRow, chunk_by_tokens, collate
 from ullme.bottleneck import segments_of
 from ullme.components import Section
 from ullme.distributed import is_sharded
@@ -49,7 +49,7 @@ from ullme.pooling import pool
 from ullme.prediction import PredictedRow
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role, chat_parts, places_of
-from ullme.shared_prefix import continued_states, shares_prefix
+from ullme.shared_prefix import Branches, branched_states, shares_prefix, side_by_side
 from ullme.special import SpecialTokens
 from ullme.varlen import Packing, pack, packed_at_once, proven_packing, unpack
 
@@ -62,8 +62,9 @@ logger = logging.getLogger(__name__)
 
 AdapterName = Literal["embedding", "generation"]
 Pooler = LatentAttention | SpecialTokens | folder.ForeignPooling
-SHARED_FROM = 2 * PASS_TOKENS
-"""Tokens of prompts that are not computed again, from which a pass of their own pays."""
+SHARED_IN = (torch.float32, torch.bfloat16, torch.float16)
+"""Where a prompt is computed once for several rows. In float64 every digit counts, and norms that compute in float32 whatever they
+are given round the sum of the rows' gradients, not each of them."""
 PACK_FROM = 1024
 """Tokens; below it the proof that a model can be packed would cost more than packing saves."""
 
@@ -461,30 +462,33 @@ class Encoder:
     def candidate_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
         """The same for the rows of several groups, one group after the other; the rows of a group share their prompt.
 
-        The prompts go through the model once per group where that saves more than it costs and gives the same.
+        The prompt goes through the model once for a group's rows, side by side behind it, where that gives the same.
         """
         flat = [row for group in rows for row in group]
-        saved = sum((len(group) - 1) * group[0].prompt for group in rows)
-        shared = saved >= SHARED_FROM and shares_prefix(self.model)
-        lengths = [len(row) - row.prompt if shared else len(row) for row in flat]
-        places = self._alike(lengths)
-        if shared:
-            head = self.head
-            owner = torch.tensor([number for number, group in enumerate(rows) for _ in group], device=self.device)
-            conditions = self.collate([TokenRow(group[0].ids[: group[0].prompt]) for group in rows])
-            passages = [self.collate([TokenRow(flat[place].ids[flat[place].prompt :]) for place in some]) for some in places]
-            with self._language():
-                states = continued_states(
-                    self.model, conditions, [(batch, owner[some]) for batch, some in zip(passages, places, strict=True)]
-                )
-            found = [
-                summed_logprobs(hidden, batch.input_ids, batch.attention_mask, head)
-                for hidden, batch in zip(states, passages, strict=True)
-            ]
-        else:
-            found = [self.sequence_logprobs(self.collate([flat[place] for place in some])) for some in places]
+        several = len(flat) > len(rows) and all(row.prompt for row in flat)
+        if several and next(self.model.parameters()).dtype in SHARED_IN and shares_prefix(self.model):
+            return self._branched_logprobs(rows)
+        places = self._alike(list(map(len, flat)))
+        found = [self.sequence_logprobs(self.collate([flat[place] for place in some])) for some in places]
         order = torch.tensor([place for some in places for place in some], device=self.device).argsort()
         return torch.cat([sums for sums, _ in found])[order], torch.cat([counts for _, counts in found])[order]
+
+    def _branched_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+        head = self.head
+        together = [some for group in rows for some in side_by_side(group)]
+        branched = [Branches.of(some) for some in together]
+        first = torch.tensor([0, *map(len, together)], device=self.device).cumsum(0)
+        states, targets, owners = [], [], []
+        with self._language():
+            for some in self._alike(list(map(len, branched))):
+                hidden, tokens, row, branch = branched_states(self.model, [branched[place] for place in some])
+                states.append(hidden)
+                targets.append(tokens)
+                owners.append(first[torch.tensor(some, device=self.device)][row] + branch)
+        owner = torch.cat(owners)
+        logprobs = token_logprobs(torch.cat(states), head, torch.cat(targets))
+        texts = int(first[-1])
+        return logprobs.new_zeros(texts).index_add(0, owner, logprobs), owner.bincount(minlength=texts)
 
     def _alike(self, lengths: Sequence[int]) -> list[list[int]]:
         """Positions of rows that go through the model together, of about one length; all at once where weights are sharded, since

@@ -36,7 +36,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx.save_for_backward(flat, inner, narrow, wide, weight)
         ctx.scale, ctx.shape = scale, x.shape
         ctx.types = down.dtype, up.dtype
-        return torch.addmm(flat @ weight.t(), inner, wide.t()).view(*x.shape[:-1], -1)
+        return (flat @ weight.t()).addmm_(inner, wide.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
@@ -46,7 +46,7 @@ class _LoraProduct(torch.autograd.Function):
         up = (gradient.t() @ inner).to(ctx.types[1]) * ctx.scale
         down = (through.t() @ flat).to(ctx.types[0])
         needed = ctx.needs_input_grad[0]
-        return torch.addmm(gradient @ weight, through, narrow).view(ctx.shape) if needed else None, None, down, up, None
+        return (gradient @ weight).addmm_(through, narrow).view(ctx.shape) if needed else None, None, down, up, None
 
 
 def speed_up(model: nn.Module) -> int:
