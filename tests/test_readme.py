@@ -104,7 +104,10 @@ def test_the_indexes_shown_are_those_that_were_measured() -> None:
             assert f"| {kind} | {' | '.join(cells)} |" in page
 
 
-@pytest.mark.parametrize(("script", "file"), [("results", "strategies"), ("false_negatives", "false_negatives")])
+EXPERIMENTS = [("results", "strategies"), ("unsupervised", "unsupervised"), ("false_negatives", "false_negatives")]
+
+
+@pytest.mark.parametrize(("script", "file"), EXPERIMENTS)
 def test_the_tables_of_experiments_are_those_of_the_kept_runs(script: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program, runs = importlib.import_module(script), importlib.import_module("runs")
