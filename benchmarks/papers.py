@@ -1,9 +1,9 @@
 """Do the patterns of LLM2Vec and GEM appear on a small LLM? Retrieval and what is left of the language, side by side.
 
-    python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md      some 6 hours
+    python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct in float32, texts of at most 128 tokens, LoRA
+Some 2 hours where the machine multiplies bfloat16 natively. Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct in bfloat16, texts of at most 128 tokens, LoRA
 of rank 16, merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training
 modules of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
 wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
@@ -54,7 +54,7 @@ class Effort:
     questions: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     every_system: bool = True
-    dtype: str = "float32"  # on every machine, so that the runs of several may stand in one table
+    dtype: str = "bfloat16"
 
 
 QUICK = Effort(40, 120, (6_000,), 6_000, 6_000, 2, 2, 8, 4, (0,), every_system=False)

@@ -49,7 +49,7 @@ from ullme.pooling import pool
 from ullme.prediction import PredictedRow
 from ullme.progress import Progress
 from ullme.prompts import PromptConfig, Prompts, Role, chat_parts, places_of
-from ullme.shared_prefix import Branches, branched_states, shares_prefix, side_by_side
+from ullme.shared_prefix import shared_states, shares_prefix
 from ullme.special import SpecialTokens
 from ullme.varlen import Packing, pack, packed_at_once, proven_packing, unpack
 
@@ -467,28 +467,14 @@ class Encoder:
         flat = [row for group in rows for row in group]
         several = len(flat) > len(rows) and all(row.prompt for row in flat)
         if several and next(self.model.parameters()).dtype in SHARED_IN and shares_prefix(self.model):
-            return self._branched_logprobs(rows)
+            with self._language():
+                states, tokens, owners = shared_states(self.model, rows)
+            logprobs = token_logprobs(states, self.head, tokens)
+            return logprobs.new_zeros(len(flat)).index_add(0, owners, logprobs), owners.bincount(minlength=len(flat))
         places = self._alike(list(map(len, flat)))
         found = [self.sequence_logprobs(self.collate([flat[place] for place in some])) for some in places]
         order = torch.tensor([place for some in places for place in some], device=self.device).argsort()
         return torch.cat([sums for sums, _ in found])[order], torch.cat([counts for _, counts in found])[order]
-
-    def _branched_logprobs(self, rows: Sequence[Sequence[TokenRow]]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-        head = self.head
-        together = [some for group in rows for some in side_by_side(group)]
-        branched = [Branches.of(some) for some in together]
-        first = torch.tensor([0, *map(len, together)], device=self.device).cumsum(0)
-        states, targets, owners = [], [], []
-        with self._language():
-            for some in self._alike(list(map(len, branched))):
-                hidden, tokens, row, branch = branched_states(self.model, [branched[place] for place in some])
-                states.append(hidden)
-                targets.append(tokens)
-                owners.append(first[torch.tensor(some, device=self.device)][row] + branch)
-        owner = torch.cat(owners)
-        logprobs = token_logprobs(torch.cat(states), head, torch.cat(targets))
-        texts = int(first[-1])
-        return logprobs.new_zeros(texts).index_add(0, owner, logprobs), owner.bincount(minlength=texts)
 
     def _alike(self, lengths: Sequence[int]) -> list[list[int]]:
         """Positions of rows that go through the model together, of about one length; all at once where weights are sharded, since

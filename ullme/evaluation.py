@@ -31,6 +31,7 @@ from ullme.errors import ArtifactError, ContractError
 from ullme.lexical import LexicalConfig
 from ullme.statistics import Comparison, bootstrap_interval, paired_randomisation
 from ullme.systems import LexicalSystem, OpenIndex, System, VectorSystem
+from ullme.words import WORDS, words_space
 
 __all__ = ["EVALUATE", "EvalConfig", "Evaluation", "Measured", "Task", "compare", "compare_standing", "evaluate"]
 
@@ -234,12 +235,19 @@ def evaluate(section: EvalConfig, inputs: Inputs, draft: Draft, *, open_index: O
 
 
 def evaluation_space(section: EvalConfig, inputs: Inputs) -> int | None:
-    """Bytes of the report, by the number of queries. A corpus that a task encodes for itself is weighed when that begins."""
+    """Bytes of the report, by the number of queries, and of the corpus' words where the store has none and BM25 is measured.
+
+    A corpus that a task encodes for itself is weighed when that begins.
+    """
     asked = [task.queries_in(inputs.ref("data").meta) for task in section.tasks]
     if None in asked:
         return None
     rows = sum(count for count in asked if count is not None) * len(section.metrics)
-    return SCORE_BYTES * rows + REPORT_BYTES * len(asked)
+    written = SCORE_BYTES * rows + REPORT_BYTES * len(asked)
+    if "model" in inputs and not section.hybrid:
+        return written
+    there = inputs.store.find(WORDS, section.lexical, {"data": inputs.ref("data")}, seed=0)
+    return written if there else written + words_space(section.lexical, inputs)
 
 
 EVALUATE = Stage("evaluate", "report", 3, evaluate, evaluation_space)

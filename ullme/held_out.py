@@ -26,7 +26,8 @@ __all__ = ["HeldOut", "hold_out"]
 HeldOut = Literal["auto", "titles", "sentences", "none"]
 SHORT_HEADING = 3
 SENTENCE_WORDS = range(6, 41)
-PASSAGES_A_SENTENCE = 16
+PASSAGES_A_SENTENCE, MOST_SENTENCES = 16, 500
+"""Of a long document: a sentence for so many passages, and at most so many, since each is looked for in all of its passages."""
 PROSE = re.compile(r"[^\W\d_a-z].*[.!?。！？][\"'”’)\]]*", re.DOTALL)
 
 
@@ -111,13 +112,13 @@ def _without_title(document: Document) -> Document:
 
 
 def _sentences(parent: str, documents: Sequence[Document]) -> Iterator[tuple[str, str, list[Document]]]:
-    """(group, sentence, the passages that held it without it) for every PASSAGES_A_SENTENCE passages of a parent, and at least one.
+    """(group, sentence, the passages that held it without it) for every PASSAGES_A_SENTENCE passages of a parent.
 
-    A passage is asked about once, and none where nothing can be spared. The sentences are those of lowest hash, so documents that
-    have most sentences in common give the same ones. Several of a parent have sides of their own: a single large file, too, is
-    both learned from and tested on.
+    At least one sentence, and at most MOST_SENTENCES. A passage is asked about once, and none where nothing can be spared. The
+    sentences are those of lowest hash, so documents that have most sentences in common give the same ones. Several of a parent have
+    sides of their own: a single large file, too, is both learned from and tested on.
     """
-    wanted = max(1, len(documents) // PASSAGES_A_SENTENCE)
+    wanted = min(max(1, len(documents) // PASSAGES_A_SENTENCE), MOST_SENTENCES)
     candidates: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         for sentence in set(map(str.strip, sentences(document.text))):

@@ -29,7 +29,7 @@ from ullme.data import Dataset, Query
 from ullme.documents import DOCUMENTS_FILE, Documents
 from ullme.errors import ConfigError, DataError
 from ullme.judging import JudgeConfig, judge, merged
-from ullme.lexical import LexicalConfig
+from ullme.lexical import LexicalConfig, words_bytes
 from ullme.miner import ABOVE_POSITIVE, BLOCK_QUERIES, Miner, Selection
 from ullme.mining_context import MiningContext, encoded_vectors
 from ullme.mining_page import page
@@ -44,8 +44,6 @@ __all__ = ["MINE", "MiningConfig", "mine"]
 logger = logging.getLogger(__name__)
 
 SHOWN_ROWS, SHOWN_CHARACTERS = 20, 300
-WORDS_SHARE = 2.2  # bytes of BM25's words while they are sorted, over those of the documents: 1.0 to 2.1 on four collections
-SORTED_SHARE = 0.6  # of that, at most, when they are sorted
 ROW_BYTES, SHOWN_BYTES, REPORT_BYTES = 40, 400, 4_000  # an id with its score; a text that is shown; the rest of the report
 
 
@@ -250,8 +248,8 @@ def mining_space(section: MiningConfig, inputs: Inputs) -> int | None:
     shown = SHOWN_BYTES * SHOWN_ROWS * (wanted + 2)  # the query and a positive beside them
     written = ROW_BYTES * (counts["queries_train"] * (1 + wanted) + counts["negatives"]) + 3 * shown + 3 * REPORT_BYTES
     pool = counts["trainable"] if section.pool == "train_only" else counts["documents"]
-    sorting = int(WORDS_SHARE * inputs.sizes("data").get(DOCUMENTS_FILE, 0) * pool / counts["documents"])
-    written = max(sorting, int(SORTED_SHARE * sorting) + written)
+    sorting, words = words_bytes(inputs.sizes("data").get(DOCUMENTS_FILE, 0) * pool / counts["documents"])
+    written = max(sorting, words + written)
     if not section.miner.needs_model:
         return written
     dim = inputs.ref("model").meta.get("dim") if "model" in inputs else None

@@ -1,6 +1,6 @@
 """What several texts begin with, computed once: a query's tokens before each of its candidates, in causal mode.
 
-    condition    the query                 each token sees those before it
+    condition    the query                                 each token sees those before it
     branches     the candidates, behind it side by side    each token sees the condition and those of its own branch before it
 
 The positions of every branch go on where the condition ends, so each state, and every gradient, is that of condition and branch in
@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ullme.attention import _mode, decoder_layers, hidden_states, is_encoder, trunk
-from ullme.batches import TokenRow, collate
+from ullme.batches import TokenRow, chunk_by_tokens, collate
 from ullme.bottleneck import model_masks
 from ullme.distributed import is_sharded
 
-__all__ = ["Branches", "branched_states", "shares_prefix", "side_by_side"]
+__all__ = ["Branches", "branched_states", "shared_states", "shares_prefix", "side_by_side"]
 
 LONGEST = 640
 """Tokens of a row with several branches: attention is computed between those that do not see each other, too."""
@@ -41,7 +41,7 @@ class Branches:
     """A condition and what goes on from it, token by token in one row.
 
     ids: the condition's tokens, then each branch's. branch: 0 in the condition, 1, 2, ... in the branches. position: what the model
-    takes for the token's place. before: where in the row the token before it stands (in the condition: itself).
+    takes for the token's place. before: where in the row the token before it stands, for the tokens of branches.
     """
 
     ids: Int[np.ndarray, " S"]
@@ -59,11 +59,29 @@ class Branches:
         position = np.concatenate([np.arange(prompt), *(prompt + np.arange(len(text)) for text in texts)])
         before = np.arange(len(ids)) - 1
         before[position == prompt] = prompt - 1
-        before[:prompt] += 1
         return cls(ids, branch, position, before)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def shared_states(
+    model: nn.Module, groups: Sequence[Sequence[TokenRow]]
+) -> tuple[Float[Tensor, "T D"], Int[Tensor, " T"], Int[Tensor, " T"]]:
+    """What the causal trunk holds before each token behind a prompt: states, tokens, and which row of all they belong to.
+
+    The rows of a group share their prompt. Rows of branches that are about equally long go through the model together.
+    """
+    together = [some for group in groups for some in side_by_side(group)]
+    rows = [Branches.of(some) for some in together]
+    first = torch.tensor([0, *map(len, together)], device=next(model.parameters()).device).cumsum(0)
+    lengths = list(map(len, rows))
+    parts = []
+    for places in chunk_by_tokens(lengths, len(rows) * max(lengths)):
+        states, tokens, row, branch = branched_states(model, [rows[place] for place in places])
+        parts.append((states, tokens, first[places][row] + branch))
+    states, tokens, owners = zip(*parts, strict=True)
+    return torch.cat(states), torch.cat(tokens), torch.cat(owners)
 
 
 def side_by_side(rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:

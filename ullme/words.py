@@ -9,10 +9,11 @@ import logging
 
 from ullme.artifacts import ArtifactRef, Draft, Inputs, Stage, Store
 from ullme.data import Dataset
+from ullme.documents import DOCUMENTS_FILE
 from ullme.errors import LimitExceeded
-from ullme.lexical import BM25Searcher, LexicalConfig
+from ullme.lexical import BM25Searcher, LexicalConfig, words_bytes
 
-__all__ = ["WORDS", "words_of"]
+__all__ = ["WORDS", "words_of", "words_space"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,13 @@ def index_words(section: LexicalConfig, inputs: Inputs, draft: Draft) -> None:
     draft.meta |= {"documents": len(corpus)}
 
 
-WORDS = Stage("words", "words", 1, index_words)
+def words_space(section: LexicalConfig, inputs: Inputs) -> int:  # noqa: ARG001 - the same signature for every stage
+    """Bytes that the stage writes at most, which is while the words are sorted."""
+    counts = inputs.ref("data").meta
+    return words_bytes(inputs.sizes("data").get(DOCUMENTS_FILE, 0) * counts["searchable"] / counts["documents"])[0]
+
+
+WORDS = Stage("words", "words", 1, index_words, words_space)
 
 
 def words_of(store: Store, data: ArtifactRef, config: LexicalConfig | None = None) -> BM25Searcher:

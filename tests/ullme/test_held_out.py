@@ -146,7 +146,7 @@ def test_documents_that_share_most_sentences_give_one_query():
     assert max(len(query.positives) for query in queries.values()) >= 9
 
 
-def test_a_long_document_gives_a_sentence_for_every_sixteen_passages_each_on_a_side_of_its_own():
+def test_a_long_document_gives_a_sentence_for_every_sixteen_passages_each_on_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch):
     texts = [
         ("", f"{PROSE} This is the passage that has the number {number}.".replace("left", f"left{number}")) for number in range(100)
     ]
@@ -158,6 +158,8 @@ def test_a_long_document_gives_a_sentence_for_every_sixteen_passages_each_on_a_s
         assert not any(text in documents[answer].text for answer in query.positives)
     assert len({query.group for query in queries.values()}) == 6
     assert held(passages("book.txt", *texts[:31]))[2]["held_out_sentences"] == 1
+    monkeypatch.setattr("ullme.held_out.MOST_SENTENCES", 4)
+    assert held(passages("book.txt", *texts))[2]["held_out_sentences"] == 4
 
 
 # modes

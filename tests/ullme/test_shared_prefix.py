@@ -47,15 +47,20 @@ def shared(patch: pytest.MonkeyPatch, *, on: bool) -> None:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows with branches went through the model each time."""
+    """How many rows with branches went through the model each time, those of the proof left out."""
     seen: list[int] = []
-    plain = shared_prefix.branched_states
+    states, plain = shared_prefix.shared_states, shared_prefix.branched_states
 
     def counted(model: nn.Module, rows: Sequence[Branches]) -> tuple[torch.Tensor, ...]:
         seen.append(len(rows))
         return plain(model, rows)
 
-    monkeypatch.setattr("ullme.encoder.branched_states", counted)
+    def watched(model: nn.Module, groups: Sequence[Sequence[TokenRow]]) -> tuple[torch.Tensor, ...]:
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_prefix, "branched_states", counted)
+            return states(model, groups)
+
+    monkeypatch.setattr("ullme.encoder.shared_states", watched)
     return seen
 
 
