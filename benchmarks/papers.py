@@ -3,10 +3,11 @@
     python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Some 2 hours where the machine multiplies bfloat16 natively. Every run that has ended is kept beside --json and not repeated. SmolLM2-135M-Instruct in bfloat16, texts of at most 128 tokens, LoRA
-of rank 16, merged after each phase; a dose is the tokens of documents that a phase reads. Trained on the functions of the training
-modules of pydocs, without any question but in the phase `pairs`. Measured: questions of the test modules (retrieval), perplexity of
-wikitext2's test file, last words of lambada, choices of mmlu by the probability of their text (language, in causal mode).
+Some 2 hours where the machine multiplies bfloat16 natively. Every run that has ended is kept beside --json and not repeated.
+SmolLM2-135M-Instruct in bfloat16, texts of at most 128 tokens, LoRA of rank 16, merged after each phase; a dose is the tokens of
+documents that a phase reads. Trained on the functions of the training modules of pydocs, without any question but in the phase
+`pairs`. Measured: questions of the test modules (retrieval), perplexity of wikitext2's test file, last words of lambada, choices of
+mmlu by the probability of their text (language, in causal mode).
 
     LLM2Vec (arXiv 2404.05961)   bidirectional: MNTP in three doses, each going on from the one before; SimCSE after the first of
                                  them and alone, pairs after both and alone
