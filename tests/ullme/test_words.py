@@ -12,8 +12,9 @@ from ullme import words
 from ullme.artifacts import ArtifactRef, Store
 from ullme.data import Dataset
 from ullme.errors import ArtifactError
+from ullme.evaluation import EVALUATE, EvalConfig
 from ullme.lexical import BM25Searcher, LexicalConfig
-from ullme.words import words_of
+from ullme.words import WORDS, words_of
 
 
 def same(one: BM25Searcher, other: BM25Searcher) -> bool:
@@ -29,6 +30,18 @@ def test_they_are_made_once_for_each_setting(store: Store, dates: ArtifactRef, m
     assert same(words_of(store, dates), plain)
     assert words_of(store, dates, other)._config == other
     assert len(store.finished("words")) == 2
+
+
+def test_an_evaluation_foretells_their_space_where_it_makes_them(store: Store, dates: ArtifactRef) -> None:
+    def foretold() -> int:
+        space = store.space(EVALUATE, EvalConfig(), {"data": dates})
+        assert space is not None
+        return space
+
+    before = foretold()
+    made = store.produce(WORDS, LexicalConfig(), {"data": dates}, seed=0)
+    written = sum(entry["size"] for entry in store.manifest(made)["files"].values())
+    assert written < before - foretold() == store.space(WORDS, LexicalConfig(), {"data": dates})
 
 
 def test_where_nothing_can_be_kept_they_are_made_in_memory(
