@@ -104,7 +104,12 @@ def test_the_indexes_shown_are_those_that_were_measured() -> None:
             assert f"| {kind} | {' | '.join(cells)} |" in page
 
 
-EXPERIMENTS = [("results", "strategies"), ("papers", "papers"), ("unsupervised", "unsupervised"), ("false_negatives", "false_negatives")]
+EXPERIMENTS = [
+    ("results", "strategies"),
+    ("papers", "papers"),
+    ("unsupervised", "unsupervised"),
+    ("false_negatives", "false_negatives"),
+]
 
 
 @pytest.mark.parametrize(("script", "file"), EXPERIMENTS)
