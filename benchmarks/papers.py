@@ -3,7 +3,7 @@
     python benchmarks/papers.py --data ../shared/data --work work --json papers.json --write docs/results.md
     python benchmarks/papers.py --quick                  few steps and systems, under 5 minutes: does it run
 
-Some 2 hours where the machine multiplies bfloat16 natively. Every run that has ended is kept beside --json and not repeated.
+Some 3 hours where the machine multiplies bfloat16 natively. Every run that has ended is kept beside --json and not repeated.
 SmolLM2-135M-Instruct in bfloat16, texts of at most 128 tokens, LoRA of rank 16, merged after each phase; a dose is the tokens of
 documents that a phase reads. Trained on the functions of the training modules of pydocs, without any question but in the phase
 `pairs`. Measured: questions of the test modules (retrieval), perplexity of wikitext2's test file, last words of lambada, choices of
