@@ -58,7 +58,7 @@ class Effort:
     dtype: str = "bfloat16"
 
 
-QUICK = Effort(40, 120, (6_000,), 6_000, 6_000, 2, 2, 8, 4, (0,), every_system=False)
+QUICK = Effort(20, 40, (4_000,), 4_000, 4_000, 1, 1, 6, 3, (0,), every_system=False)
 LORA = {"rank": 16, "alpha": 32}
 LLM2VEC = {"attention": "bidirectional", "pooling": "mean"}
 MNTP = {"objective": {"kind": "mntp"}, "learning_rate": 3e-4}
